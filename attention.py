@@ -1,0 +1,294 @@
+"""The attention variants of HYDRA, one class a variant, and the one core that they share.
+
+    letter  class  variant                                                       source
+    A       GQA    MHA, multi-head attention (G = H)                             arXiv:1706.03762
+    G       GQA    GQA, grouped-query attention                                  arXiv:2305.13245
+    M       GQA    MQA, multi-query attention (G = 1), optional sliding window   arXiv:1911.02150
+    C       CCQA   compressed convolutional grouped-query attention              arXiv:2510.04476
+    L       MLA    multi-head latent attention, decoupled RoPE, shared latent    arXiv:2405.04434
+
+Every variant is causal by construction (no argument switches that off), takes the tokens' true positions through
+`Context`, and ends with an RMSNorm over the merged heads before its output projection ("pre-out norm").
+Left out: biases, dropout, non-causal and cross attention, q/k widths that differ from the v width.
+
+Letters in shapes (a suffix names its tensor's axes, `q_BTHK`):
+    B batch        D model width            K head width, D/H (A, G, M), L/H (C), R/H (L)
+    T tokens       H query heads            L latent width of CCQA, D / compression
+    N H + G        G key/value heads        R latent width of MLA, D * latent_ratio
+    W window       kappa G * K, the width of all keys
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from configurator import UserError
+
+FLEX_BLOCK = 128  # rows and columns of a BlockMask's tile, FlexAttention's own default
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned gain over the last axis (arXiv:1910.07467, eq. 4)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the fused kernel wants gain and input in one dtype; under autocast the input may be bf16
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what all layers of one forward share: positions, rotation tables, block masks
+
+
+class Context(NamedTuple):
+    """Made once per forward by `make_context`, read by every layer."""
+
+    pos: Tensor  # int64 [T], or [B, T] where rows hold different tokens: the true positions
+    rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> cos, sin, fp32 [T, width/2] or [B, T, width/2]
+    masks: dict[int, BlockMask]  # window -> mask; empty where FlexAttention is not used
+
+
+def make_context(pos: Tensor, widths: set[int], theta: float, windows: set[int] = frozenset()) -> Context:
+    """Rotation tables at positions `pos` for every width, and a BlockMask for every window (0 = full causal)."""
+    rope = {}
+    for width in sorted(widths):
+        freq = theta ** (-torch.arange(0, width, 2, device=pos.device, dtype=torch.float32) / width)
+        angle = pos[..., None].float() * freq
+        rope[width] = angle.cos(), angle.sin()
+    return Context(pos, rope, {w: causal_block_mask(pos.shape[-1], w, pos.device) for w in sorted(windows)})
+
+
+def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate-half RoPE (arXiv:2104.09864, eq. 34) of x [B, T, heads, width] by tables [(B,) T, width/2]."""
+    cos, sin = (t.to(x.dtype).unsqueeze(-2) for t in table)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def causal_block_mask(T: int, window: int, device: torch.device) -> BlockMask:
+    """The causal BlockMask of T tokens, cut to the last `window` keys (0 = all), written down analytically:
+    `create_block_mask` evaluates all T*T pairs, which takes 50-100 ms at T = 4096 where this takes half of one."""
+
+    def mask_mod(b, h, q, k):
+        return (q >= k) & (q - k < (window or T))
+
+    n = -(-T // FLEX_BLOCK)
+    row, col = (torch.arange(n, device=device).view(s) for s in ((n, 1), (1, n)))
+    lowest = (row * FLEX_BLOCK - ((window or T) - 1)).clamp(min=0)  # the first key that the tile's first row sees
+    listed = (col <= row) & (col >= lowest // FLEX_BLOCK)
+    last_row = (row + 1) * FLEX_BLOCK - 1
+    full = (col < row) & (last_row - col * FLEX_BLOCK < (window or T))  # its last row sees its first key
+
+    def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:  # [1, 1, n] counts and [1, 1, n, n] indices, chosen first
+        index = torch.argsort(~chosen, dim=-1, stable=True).to(torch.int32)
+        return chosen.sum(-1, dtype=torch.int32)[None, None], index[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *ordered(listed & ~full), *ordered(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=(T, T)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the core: softmax(q k^T / sqrt(K)) v under the causal mask, on the backend that is right for the device
+
+
+def flex_problem(device: str, width: int, compiled: bool, grad: bool) -> str:
+    """Why FlexAttention cannot do this ("" where it can)."""
+    if not compiled:
+        return "FlexAttention needs torch.compile, uncompiled it is 14-50x slower: set compile=on"
+    if device == "cpu" and grad:
+        return "FlexAttention has no backward on a CPU: set attn_backend=auto or sdpa"
+    if device == "cuda" and width < 16:
+        return f"FlexAttention on CUDA needs heads of at least 16 channels, these have {width}: set attn_backend=auto"
+    return ""
+
+
+def choose_backend(asked: str, device: str, width: int, compiled: bool, grad: bool) -> tuple[str, str]:
+    """(backend, reason) for `asked` = "auto" | "flex" | "sdpa"; UserError where "flex" was asked for and cannot be."""
+    if asked == "sdpa":
+        return "sdpa", "asked for"
+    problem = flex_problem(device, width, compiled, grad)
+    if asked == "flex":
+        if problem:
+            raise UserError(f"attn_backend=flex cannot work here: {problem}")
+        return "flex", "asked for"
+    if device != "cuda":
+        return "sdpa", f"the fused kernel that trains on {device}"
+    return ("sdpa", problem) if problem else ("flex", "compiled on CUDA")
+
+
+def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, ctx: Context, window: int = 0, asked: str = "auto") -> Tensor:
+    """Causal grouped-query attention -> [B, T, H*K]; token t sees tokens max(0, t-window+1) .. t of its row.
+
+    Which backend, where `asked` is "auto":
+    - FlexAttention on CUDA inside torch.compile, heads of at least 16 channels: one fused kernel forward, two
+      backward, and a window costs only the tiles it touches.
+    - scaled_dot_product_attention everywhere else. On a CPU its flash kernel reads strided views and shares the
+      key/value heads (enable_gqa) without repeating them; FlexAttention cannot train there at all, and uncompiled
+      it is 14-50x slower, so "auto" never picks that. A window is cut into query chunks (`sdpa_window`).
+    """
+    T, H, K = q_BTHK.shape[1:]
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
+    grad = torch.is_grad_enabled() and q.requires_grad
+    gqa = k.size(1) != H
+    backend, _ = choose_backend(asked, q.device.type, K, torch.compiler.is_compiling(), grad)
+    if backend == "flex":
+        mask = ctx.masks[window] if window in ctx.masks else causal_block_mask(T, window, q.device)
+        y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+    elif 0 < window < T:
+        y = sdpa_window(q, k, v, window, gqa)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    return y.transpose(1, 2).flatten(2)
+
+
+def sdpa_window(q: Tensor, k: Tensor, v: Tensor, window: int, gqa: bool) -> Tensor:
+    """Sliding-window attention, all [B, heads, T, K]: SDPA over chunks of queries and the keys that those can see.
+    Short texts take one chunk: below 4 windows the calls cost more than the masked-out work that they save."""
+    T = q.size(2)
+    rows = max(window // 2, 256 if q.dtype == torch.bfloat16 else 64) if T >= 4 * window else T
+    chunks = []
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        first = max(0, start - window + 1) // 16 * 16  # aligned: the CPU kernel is slower on ragged key ranges
+        i, j = torch.arange(start, stop, device=q.device)[:, None], torch.arange(first, stop, device=q.device)
+        seen = (j <= i) & (j > i - window)
+        chunks.append(
+            F.scaled_dot_product_attention(
+                q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], attn_mask=seen, enable_gqa=gqa
+            )
+        )
+    return torch.cat(chunks, dim=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the variants; `c` is the model's HydraConfig
+
+
+class GQA(nn.Module):
+    """MHA, GQA and MQA: H query heads share `n_kv_head` key/value heads of width K = D/H; RoPE on all K channels."""
+
+    def __init__(self, c, n_kv_head: int, window: int = 0):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.window, self.asked = c.n_head, n_kv_head, window, c.attn_backend
+        self.head_width = self.rope_width = c.dim // c.n_head
+        self.qkv = nn.Linear(c.dim, c.dim + 2 * n_kv_head * self.head_width, bias=False)
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.out = nn.Linear(c.dim, c.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        H, G = self.n_head, self.n_kv_head
+        qk_BTNK, v_BTGK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width)).split((H + G, G), dim=2)
+        q_BTHK, k_BTGK = apply_rope(qk_BTNK, ctx.rope[self.rope_width]).split((H, G), dim=2)
+        return self.out(self.norm(attend(q_BTHK, k_BTGK, v_BTGK, ctx, self.window, self.asked)))
+
+
+class CCQA(nn.Module):
+    """Compressed convolutional grouped-query attention, CCGQA of arXiv:2510.04476, sections 3.1-3.3: the whole
+    attention runs in a latent of width L = D/C, with queries and keys mixed over time by two short causal
+    convolutions and with each other by their means. Ablation: conv_kernel = 0, qk_gain = 0, value_shift = false."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.asked = c.n_head, c.n_kv_head, c.attn_backend
+        self.latent = c.dim // c.compression
+        self.head_width = self.rope_width = K = self.latent // c.n_head
+        self.kappa = c.n_kv_head * K
+        self.conv_kernel, self.qk_gain, self.value_shift, self.eps = c.conv_kernel, c.qk_gain, c.value_shift, c.norm_eps
+        channels = self.latent + self.kappa
+        self.down = nn.Linear(c.dim, channels + self.kappa, bias=False)  # q, k and both halves of v at once
+        if c.conv_kernel:
+            self.conv_depthwise = nn.Parameter(torch.empty(channels, c.conv_kernel))
+            self.conv_grouped = nn.Parameter(torch.empty(channels, K, c.conv_kernel))  # one group a head, K x K inside
+        self.k_temperature = nn.Parameter(torch.empty(c.n_kv_head))
+        self.norm = RMSNorm(self.latent, c.norm_eps)
+        self.out = nn.Linear(self.latent, c.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        H, G = self.n_head, self.n_kv_head
+        qk, v = self.down(x_BTD).split((self.latent + self.kappa, self.kappa), dim=-1)
+        if self.value_shift:  # half of the values are the previous token's, zero before the first
+            now, before = v.chunk(2, dim=-1)
+            v = torch.cat((now, F.pad(before, (0, 0, 1, 0))[:, :-1]), dim=-1)
+        mixed_BTNK = (self.convolve(qk) if self.conv_kernel else qk).unflatten(-1, (H + G, -1))
+        if self.qk_gain:
+            mixed_BTNK = mixed_BTNK + self.couple(qk.unflatten(-1, (H + G, -1)))
+        # post-mix norm: without a gain this is the paper's L2 norm times sqrt(K), so a logit is at most sqrt(K) * temp
+        mixed_BTNK = F.rms_norm(mixed_BTNK, (self.head_width,), eps=self.eps)
+        q_BTHK, k_BTGK = apply_rope(mixed_BTNK, ctx.rope[self.rope_width]).split((H, G), dim=2)
+        k_BTGK = k_BTGK * self.k_temperature.to(k_BTGK.dtype)[:, None]
+        y = attend(q_BTHK, k_BTGK, v.unflatten(-1, (G, -1)), ctx, asked=self.asked)
+        return self.out(self.norm(y))
+
+    def couple(self, qk_BTNK: Tensor) -> Tensor:
+        """QK-mean coupling of the pre-convolution queries and keys -> what to add to each, [B, T, H+G, K]."""
+        q_BTHK, k_BTGK = qk_BTNK.split((self.n_head, self.n_kv_head), dim=2)
+        m_BTGhK = self.qk_gain * (q_BTHK.unflatten(2, (self.n_kv_head, -1)) + k_BTGK.unsqueeze(3))
+        return torch.cat((m_BTGhK.flatten(2, 3), m_BTGhK.mean(3)), dim=2)
+
+    def convolve(self, u: Tensor) -> Tensor:
+        """Causal depthwise, then causal per-head convolution over time, [B, T, H*K + G*K] -> the same; together they
+        see 2*(conv_kernel-1) previous tokens. Causal = padded with zeros on the left only."""
+        T, taps, K = u.size(1), self.conv_kernel, self.head_width
+        depthwise, grouped = self.conv_depthwise.to(u.dtype), self.conv_grouped.to(u.dtype)
+        padded = F.pad(u, (0, 0, taps - 1, 0))
+        u = sum(padded[:, i : i + T] * depthwise[:, i] for i in range(taps))
+        padded = F.pad(u, (0, 0, taps - 1, 0))
+        if u.is_cuda:  # one batched matrix product over the concatenated taps instead of an external convolution
+            seen = torch.stack([padded[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
+            return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
+        return F.conv1d(padded.transpose(1, 2), grouped, groups=u.size(-1) // K).transpose(1, 2)
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention (arXiv:2405.04434, section 2.1) with decoupled RoPE; q, k and v all come from one
+    normed latent of width R. Half of a head's K channels carry no position, half are rotated, and the rotated key
+    is one K/2 vector shared by all heads. q/k and v are equally wide so that the fused kernels take them."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.asked = c.n_head, c.attn_backend
+        self.latent = R = int(c.dim * c.latent_ratio)
+        self.head_width = R // c.n_head
+        self.rope_width = self.head_width // 2
+        self.down = nn.Linear(c.dim, R, bias=False)
+        self.latent_norm = RMSNorm(R, c.norm_eps)
+        self.up = nn.Linear(R, 2 * R + R // 2 + self.rope_width, bias=False)  # W_q, W_uk, W_kr, W_uv in this order
+        self.norm = RMSNorm(R, c.norm_eps)
+        self.out = nn.Linear(R, c.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        H, R, table = self.n_head, self.latent, ctx.rope[self.rope_width]
+        latent = self.latent_norm(self.down(x_BTD))
+        q, k_nope, k_rope, v = self.up(latent).split((R, R // 2, self.rope_width, R), dim=-1)
+        q_nope, q_rope = q.unflatten(-1, (H, -1)).chunk(2, dim=-1)
+        k_rope = apply_rope(k_rope.unsqueeze(2), table).expand(-1, -1, H, -1)
+        q_BTHK = torch.cat((q_nope, apply_rope(q_rope, table)), dim=-1)
+        k_BTHK = torch.cat((k_nope.unflatten(-1, (H, -1)), k_rope), dim=-1)
+        return self.out(self.norm(attend(q_BTHK, k_BTHK, v.unflatten(-1, (H, -1)), ctx, asked=self.asked)))
+
+
+def make_attention(letter: str, c) -> nn.Module:
+    """The attention of one layer-mix letter."""
+    match letter:
+        case "A":
+            return GQA(c, c.n_head)
+        case "G":
+            return GQA(c, c.n_kv_head)
+        case "M":
+            return GQA(c, 1, c.window)
+        case "C":
+            return CCQA(c)
+        case "L":
+            return MLA(c)
+    raise UserError(f"pattern: unknown letter {letter!r}: use A (MHA), G (GQA), M (MQA), C (CCQA) or L (MLA)")

@@ -1,0 +1,215 @@
+"""One road for configuration: `python train.py [config/x.toml ...] [--key=value ...]`, read in order, later wins.
+
+The keys are the fields of plain dataclasses of int, float, bool and str; a field's trailing comment is its --help text.
+- `parse` reads files and options into a dict of what was given, typed; `build` makes the dataclasses of it;
+  `to_toml` writes them as a file that `parse` reads back to the same values; `cli` runs a main function.
+- Nothing passes silently: unknown key -> the nearest names, wrong type -> the expected one, each in one line.
+Left out on purpose: exec, tables, lists, None, environment variables. A programmer's mistake is a TypeError.
+"""
+
+import ast
+import difflib
+import glob
+import inspect
+import io
+import json
+import math
+import os
+import sys
+import textwrap
+import tokenize
+import tomllib
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import get_type_hints
+
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+EXPECTED = {
+    int: "an int: give a whole number, e.g. 1000",
+    float: "a finite float: give a number, e.g. 3e-4",
+    bool: "a bool: give true or false",
+    str: "a str: give UTF-8 text (in quotes in a file)",
+}
+
+
+class UserError(ValueError):
+    """Bad input by the user. Its text is one line: the value, the reason, the remedy."""
+
+
+def key_types(types: tuple[type, ...]) -> dict[str, type]:
+    """Every key of the dataclasses with its type. A key may be in two of them if both give it the same type."""
+    kinds: dict[str, type] = {}
+    for cls in types:
+        hints = get_type_hints(cls)
+        for name in (f.name for f in fields(cls) if f.init):
+            if hints[name] not in EXPECTED or kinds.setdefault(name, hints[name]) is not hints[name]:
+                raise TypeError(f"{cls.__name__}.{name} is a {hints[name]}: fields are int, float, bool or str, "
+                                "and a key shared by two dataclasses has one type")
+    return kinds
+
+
+def known(name: str, kinds: dict[str, type], where: str = "") -> str:
+    """`name` as the key it stands for; otherwise a UserError that names the nearest ones."""
+    key = name.replace("-", "_")
+    if key in kinds:
+        return key
+    near = difflib.get_close_matches(key.lower(), kinds, n=3)
+    hint = f"did you mean {', '.join(near)}? (--help lists every key)" if near else "--help lists every key"
+    raise UserError(f"{where}unknown key {name!r}: {hint}")
+
+
+def typed(value: object, kind: type, where: str, text: bool = False) -> int | float | bool | str:
+    """`value` as a `kind`, or a UserError. Only an option is `text` to convert; a file has types and keeps them."""
+    result = value
+    try:
+        if text:
+            result = BOOLS[value.lower()] if kind is bool else kind(value)
+        elif kind is float and type(value) is int:
+            result = float(value)
+        valid = type(result) is kind and (kind is not float or math.isfinite(result))
+        if type(result) is str:
+            result.encode()  # an argument that is not UTF-8 has lone surrogates, which no TOML file can hold
+    except (KeyError, ValueError, OverflowError):
+        valid = False
+    if not valid:
+        raise UserError(f"{where}{value!r} is not {EXPECTED[kind]}")
+    return result
+
+
+def no_file(word: str) -> UserError:
+    """The error for an argument that is neither an option nor an existing .toml file, with the likely intention."""
+    reason = "is a directory" if os.path.isdir(word) else "does not exist"
+    reason = "is not a .toml file" if os.path.isfile(word) else reason
+    paths = glob.glob("config/*.toml") + glob.glob(os.path.join(glob.escape(os.path.dirname(word)), "*.toml"))
+    stems = {os.path.basename(path).removesuffix(".toml"): path for path in reversed(paths)}
+    near = difflib.get_close_matches(os.path.basename(word).removesuffix(".toml"), stems, n=1)
+    remedy = f"did you mean {stems[near[0]]}?" if near else "give a .toml file or --key=value (see --help)"
+    if "=" in word or word.startswith("-"):
+        remedy = f"options have two dashes, write --{word.lstrip('-')}"
+    return UserError(f"{word!r} {reason}: {remedy}")
+
+
+def read_toml(path: str, kinds: dict[str, type]) -> dict:
+    """The keys of one flat TOML file, typed. UserErrors name the file."""
+    if not path.endswith(".toml") or not os.path.exists(path):
+        raise no_file(path)
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # -sig: some Windows editors put a byte order mark
+            text = file.read()
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be read: {error.strerror}, give a readable .toml file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path!r} is not UTF-8: save it as UTF-8 text") from None
+    except ValueError as error:  # TOMLDecodeError, which gives no line number at the end, or too many digits
+        reason = str(error).replace("end of document", f"the end, line {len(text.splitlines())}")
+        raise UserError(f"{path!r} is not valid TOML: {reason}") from None
+    given = {}
+    for name, value in table.items():
+        if isinstance(value, (dict, list)):
+            raise UserError(f"{path}: {name!r} is a table or a list: keys are flat, write key = value lines only")
+        key = known(name, kinds, f"{path}: ")
+        given[key] = typed(value, kinds[key], f"{path}: {key} = ")
+    return given
+
+
+def parse(argv: list[str], *types: type, doc: str = "") -> dict:
+    """Files and options of `argv` in order, later wins: only the given keys, with typed values. Raises UserError."""
+    kinds, given, rest = key_types(types), {}, list(argv)
+    if "-h" in rest or "--help" in rest:  # before all else, so that it also helps beside a mistake
+        print(help_text(types, doc))
+        raise SystemExit(0)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--"):
+            given |= read_toml(arg, kinds)
+            continue
+        name, equals, text = arg[2:].partition("=")
+        key = known(name, kinds)
+        if not equals and kinds[key] is bool:
+            text = rest.pop(0) if rest and rest[0].lower() in BOOLS else "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{key} needs a value: write --{key}=VALUE")
+            text = rest.pop(0)
+        given[key] = typed(text, kinds[key], f"--{key}=", text=True)
+    return given
+
+
+def build(given: dict, *types: type, base: dict | None = None) -> tuple:
+    """One instance of each dataclass: defaults < `base` (a stored run's) < `given`. Raises UserError."""
+    kinds, values = key_types(types), {}
+    for name, value in [*(base or {}).items(), *given.items()]:
+        key = known(name, kinds)
+        values[key] = typed(value, kinds[key], f"{key} = ")
+    for key in (f.name for cls in types for f in fields(cls) if f.init and f.default is MISSING):
+        if key not in values:
+            raise UserError(f"{key} has no default: give --{key}=VALUE")
+    try:
+        return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in types)
+    except ValueError as error:  # a sentence of __post_init__
+        raise UserError(str(error)) from error
+
+
+def literal(value: int | float | bool | str) -> str:
+    """`value` in TOML. JSON escapes strings as TOML does, except for DEL; ASCII-only JSON would make surrogates."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def to_toml(*configs: object) -> str:
+    """The configurations as flat TOML (write it as UTF-8), which `parse` reads back to the same values."""
+    kinds, written, lines = key_types(tuple(type(c) for c in configs)), {}, []
+    for config in configs:
+        lines.append(f"# {type(config).__name__}")
+        for key in (f.name for f in fields(config) if f.init):
+            value = typed(getattr(config, key), kinds[key], f"{key} = ")
+            if key not in written:  # TOML forbids a second line for a key that two dataclasses share
+                lines.append(f"{key} = {literal(value)}")
+            if written.setdefault(key, value) != value:
+                raise TypeError(f"{key} is both {written[key]!r} and {value!r}: a shared key has one value")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """The comment behind each field, `name: type = default  # comment`, "" where there is none; parents' included."""
+    found: dict[str, str] = {}
+    for parent in (c for c in reversed(cls.__mro__) if is_dataclass(c)):
+        try:
+            source = textwrap.dedent(inspect.getsource(parent))
+        except OSError:  # made at run time: there is no source to read
+            continue
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                found[node.target.id] = comments.get(node.end_lineno, "")
+    return {f.name: found.get(f.name, "") for f in fields(cls)}
+
+
+def help_text(types: tuple[type, ...], doc: str) -> str:
+    """`doc`, the usage, and every key with its default and its comment, by dataclass."""
+    lines = [doc.strip(), ""] if doc else []
+    lines.append(f"usage: python {os.path.basename(sys.argv[0])} [config/x.toml ...] [--key=value ...]")
+    lines.append("Read in order, later wins. Also --key value; --key alone sets a bool to true.")
+    for cls in types:
+        comments = field_comments(cls)
+        default = {f.name: "(required)" if f.default is MISSING else literal(f.default) for f in fields(cls) if f.init}
+        options = {key: f"  --{key}={text}" for key, text in default.items()}
+        width = max(map(len, options.values()), default=0)
+        lines += ["", cls.__name__, *(f"{text:{width}}  {comments[key]}".rstrip() for key, text in options.items())]
+    return "\n".join(lines)
+
+
+def cli(main: Callable[[list[str]], int | None]) -> None:
+    """Run `main(sys.argv[1:])` as the program: a UserError is one line and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code or 0)

@@ -1,0 +1,424 @@
+"""Text in, batches of tokens out, all of it offline unless a tokenizer must be downloaded.
+
+- Corpus: the Python standard library of the machine, or any text file or folder of the user's. UTF-8 only, exact
+  duplicates dropped, every file closed by <|endoftext|>, named by a fingerprint: compare losses at equal ones only.
+- Split: by the hash of a file's path, so that no file changes sides; where that leaves one side empty, the last part
+  of the joined text is for validation.
+- Tokenizers: `python4096` (its ranks are shipped), `bytes`, and the named encodings of tiktoken, downloaded by it.
+- Tokens: files with a checked header, written under a temporary name, renamed, then memory-mapped.
+- Batches: a pure function of (seed, step, rank), so there is nothing to save or to replay; evaluation windows meet
+  every target exactly once.
+
+`python data.py train_tokenizer OUT` trains python4096's ranks on the training side of the default corpus. It wrote
+config/python4096.tiktoken, and writes the same bytes again wherever the corpus has the fingerprint RANKS_CORPUS.
+Left out: shuffled epochs (a batch is drawn with replacement), padding between documents, other formats than text.
+"""
+
+import base64
+import codecs
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import sysconfig
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from configurator import UserError, cli
+
+EOT = "<|endoftext|>"
+RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
+N_RANKS = 4095  # with <|endoftext|> the vocabulary is a power of two
+# The fingerprint of the corpus behind RANKS.
+RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc"
+# A word with the one character before it (space, dot, bracket, underscore); up to three digits; punctuation with all
+# the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
+# only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
+PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
+DOWNLOAD_LIMIT = 300.0  # seconds; tiktoken sets no limit of its own
+MAGIC, VERSION, HEADER = b"HYDRATOK", 1, 1024  # raise VERSION with any change of header, split or choice of files
+CHUNK = 1 << 18  # bytes read and encoded at once: twice as much still fits the stack of every tiktoken pattern
+NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or stripped
+
+
+# ---- tokenizers
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The `base64 rank` lines of a file. Not tiktoken's own reader: that one caches by path and returns stale ranks."""
+    try:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read the ranks ({error}); restore it from the repository") from error
+    # A byte without a rank would end the process later, at encoding, with a panic that is not even an Exception.
+    if sorted(ranks.values()) != list(range(N_RANKS)) or not all(bytes([b]) in ranks for b in range(256)):
+        raise UserError(f"{path}: not {N_RANKS} ranks with all 256 bytes; restore it from the repository")
+    return ranks
+
+
+def make_encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+
+
+def within(seconds: float, call: Callable[[], tiktoken.Encoding]) -> tiktoken.Encoding:
+    """`call()`, or TimeoutError. The thread is a daemon: a connection that hangs does not keep the process alive."""
+    done: list[tiktoken.Encoding | OSError | ValueError] = []
+
+    def work() -> None:
+        try:
+            done.append(call())
+        except (OSError, ValueError) as error:
+            done.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if isinstance(done[0], Exception):
+        raise done[0]
+    return done[0]
+
+
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """"python4096", "bytes" or a named encoding of tiktoken. Raises UserError: unknown name, failed download."""
+    if name == "python4096":
+        return make_encoding(name, PATTERN, read_ranks(RANKS))
+    if name == "bytes":
+        return make_encoding(name, "(?s:.{1,64})", {bytes([b]): b for b in range(256)})
+    names = ["python4096", "bytes", *tiktoken.list_encoding_names()]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+        raise UserError(f"unknown tokenizer {name!r}: did you mean {', '.join(near)}?")
+    try:  # requests' errors are OSErrors; a download with a wrong hash is a ValueError
+        enc = within(DOWNLOAD_LIMIT, lambda: tiktoken.get_encoding(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {name!r} is not here and its download failed ({type(error).__name__}): go online "
+                        "once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=python4096 "
+                        "or --tokenizer=bytes, which need no download") from error
+    if EOT not in enc.special_tokens_set:
+        raise UserError(f"tokenizer {name!r} has no {EOT} to end a text with: use another, e.g. --tokenizer=python4096")
+    return enc
+
+
+def tokenizer_hash(enc: tiktoken.Encoding) -> str:
+    """sha256 of all that decides the ids of a text: pattern, special tokens, ranks."""
+    return hashlib.sha256(repr((enc._pat_str, sorted(enc._special_tokens.items()),
+                                sorted(enc._mergeable_ranks.items()))).encode()).hexdigest()
+
+
+def token_bytes(enc: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
+    """int64 [vocab_size]: the bytes of each id, 0 for special and unused ids. Bits per byte = nats / ln 2 / bytes."""
+    if vocab_size < enc.n_vocab:
+        raise UserError(f"vocab_size {vocab_size} is smaller than the {enc.n_vocab} tokens of {enc.name!r}: set "
+                        f"--vocab_size={enc.n_vocab} or more")
+    lengths = np.zeros(vocab_size, np.int64)
+    for token, rank in enc._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+# ---- source texts
+
+@dataclass(frozen=True)
+class TextFile:
+    name: str  # path below the root, with slashes: the same on every system
+    size: int  # bytes
+    chars: int
+    digest: bytes  # sha256 of the content
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str  # begins the names of the token files
+    title: str  # for the log
+    root: Path
+    files: list[TextFile]  # sorted by name
+    skipped: Counter[str]  # reason -> files
+
+    def fingerprint(self) -> str:
+        """sha256 over the sorted paths and contents."""
+        return hashlib.sha256(b"".join(path_bytes(f.name) + b"\0" + f.digest for f in self.files)).hexdigest()
+
+
+def path_bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")  # Linux allows names that are not text
+
+
+def is_validation(name: str) -> bool:
+    """The side of a file, by its path only: by content it would change sides from one Python version to the next."""
+    return int(hashlib.sha256(path_bytes(name)).hexdigest()[:8], 16) % 100 < 10
+
+
+def list_files(root: Path, skipped: Counter[str], without: Collection[str] = ()) -> list[str]:
+    """Names of the regular files below `root`, sorted; no hidden ones, none that a link reaches outside of it."""
+    def stop(error: OSError) -> None:
+        raise error
+
+    names = []
+    for folder, folders, files in os.walk(root, onerror=stop):
+        skipped["hidden"] += sum(name.startswith(".") for name in folders + files)
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        for path in (Path(folder, name) for name in files if not name.startswith(".")):
+            if not path.is_file() or path.is_symlink() and not path.resolve().is_relative_to(root):
+                skipped["links and devices"] += 1
+            else:
+                names.append(path.relative_to(root).as_posix())
+    return sorted(names)
+
+
+def inspect(path: Path, name: str) -> TextFile | str:
+    """The file's sizes and hash, read in chunks, or the reason why it is not text."""
+    decoder, digest, size, chars = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            if b"\0" in chunk:
+                return "binary"
+            try:
+                chars += len(decoder.decode(chunk))
+            except UnicodeDecodeError:
+                return "not UTF-8"
+            digest.update(chunk)
+            size += len(chunk)
+    if decoder.getstate()[0]:
+        return "not UTF-8"  # it ends within a character
+    return TextFile(name, size, chars, digest.digest()) if size else "empty"
+
+
+def scan(name: str, title: str, root: Path, names: list[str], skipped: Counter[str]) -> Source:
+    """Inspect the named files; keep the texts, each once, and count the others."""
+    files: dict[bytes, TextFile] = {}
+    for found in (inspect(root / path, path) for path in names):
+        if isinstance(found, str):
+            skipped[found] += 1
+        elif files.setdefault(found.digest, found) is not found:
+            skipped["duplicate"] += 1
+    return Source(name, title, root, list(files.values()), skipped)
+
+
+def default_source() -> Source:
+    """The standard library without its tests and tables, else torch's own sources."""
+    def wanted(root: Path, name: str) -> bool:
+        if not name.endswith(".py") or name == "pydoc_data/topics.py" or name.startswith("_sysconfigdata"):
+            return False  # tables of the character sets repeat each other: validation would be a copy of training
+        return not (name.startswith("encodings/") and b"decoding_table" in (root / name).read_bytes())
+
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    fallback = f"sources of torch {torch.__version__} (FALLBACK: no standard library in {library})"
+    for label, title, root in (("stdlib", f"Python {platform.python_version()} standard library", library),
+                               ("torch", fallback, Path(torch.__file__).resolve().parent)):
+        skipped: Counter[str] = Counter()
+        names = list_files(root, skipped, NO_CORPUS) if root.is_dir() else []
+        names = [name for name in names if wanted(root, name)]
+        if len(names) >= FEWEST_FILES:
+            return scan(label, title, root, names, skipped)
+    raise UserError(f"no Python sources in {library} nor in torch: give a text file or folder with --data=PATH")
+
+
+def user_source(data: str) -> Source:
+    """A text file, or every text file below a folder."""
+    path, skipped = Path(data).expanduser().resolve(), Counter()
+    if not path.exists():
+        raise UserError(f"--data={data}: no such file or folder; give the path of a text file or of a folder of them")
+    root, names = (path, list_files(path, skipped)) if path.is_dir() else (path.parent, [path.name])
+    source = scan(re.sub(r"[^\w.-]", "_", path.name)[:40] or "data", str(path), root, names, skipped)
+    if sum(file.chars for file in source.files) < 2:  # one for each side
+        raise UserError(f"--data={data}: no text in it ({reasons(skipped)}); give UTF-8 text that is not empty")
+    return source
+
+
+def reasons(skipped: Counter[str]) -> str:
+    return "skipped: " + (", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()) if n) or "nothing")
+
+
+# ---- split and token files
+
+def tail_cut(source: Source) -> int | None:
+    """None where the files divide by the hash of their paths; else the character at which validation begins."""
+    if len({is_validation(file.name) for file in source.files}) == 2:
+        return None
+    return sum(file.chars for file in source.files) * 9 // 10
+
+
+def texts(path: Path) -> Iterator[str]:
+    """A file in chunks that end with a line (within a line only if it is huge); line ends are left as they are."""
+    with path.open(encoding="utf-8", newline="") as file:
+        while text := file.read(CHUNK):
+            yield text + file.readline(CHUNK)
+
+
+def encode(source: Source, enc: tiktoken.Encoding, validation: bool) -> Iterator[list[int]]:
+    """The ids of one side. Both sides walk the same chunks, so they agree on the place of a cut."""
+    cut, seen = tail_cut(source), 0
+    for file in source.files:
+        if cut is None and is_validation(file.name) != validation:
+            continue
+        written = False
+        for text in texts(source.root / file.name):
+            if cut is not None:
+                at, seen = min(max(cut - seen, 0), len(text)), seen + len(text)
+                if 0 < at < len(text):  # go to the line's start, or to its end, or stay within the only line
+                    at = text.rfind("\n", 0, at) + 1 or text.find("\n", at, -1) + 1 or at
+                text = text[at:] if validation else text[:at]
+            if text:
+                written = True
+                yield enc.encode_ordinary(text)  # text that spells a special token stays text
+        if written:
+            yield [enc.eot_token]
+
+
+def write_tokens(path: Path, ids: Iterator[list[int]], enc: tiktoken.Encoding, source: str) -> None:
+    """A token file: a header of HEADER bytes (MAGIC, JSON, spaces), then the ids. Complete, or not there at all."""
+    dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
+    temporary, count = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"), 0
+    try:
+        with temporary.open("wb") as file:
+            file.write(bytes(HEADER))
+            for some in ids:
+                file.write(np.array(some, dtype).tobytes())
+                count += len(some)
+            meta = {"version": VERSION, "dtype": dtype, "tokenizer": enc.name, "tokenizer_hash": tokenizer_hash(enc),
+                    "vocab_size": enc.n_vocab, "tokens": count, "source": source}
+            file.seek(0)
+            file.write((MAGIC + json.dumps(meta).encode()).ljust(HEADER))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
+    """The ids of a token file, memory-mapped. Raises UserError: foreign, damaged, too short, an id >= vocab_size."""
+    def bad(reason: str) -> UserError:
+        return UserError(f"{path}: {reason}; delete it, and it will be built again from the text")
+
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(HEADER), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the token file ({error.strerror}); check --cache_dir") from error
+    if not head.startswith(MAGIC):
+        raise bad("not a token file" if head else "empty file")
+    if len(head) < HEADER:
+        raise bad("truncated within its header")
+    try:
+        meta = json.loads(head[len(MAGIC):])
+        version = meta["version"]
+        dtype, count = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]), int(meta["tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise bad(f"damaged header ({type(error).__name__})") from error
+    if version != VERSION:
+        raise bad(f"token file of version {version}, this program reads version {VERSION}")
+    if size != HEADER + count * dtype.itemsize:
+        raise bad(f"truncated or damaged, {size} bytes instead of {HEADER + count * dtype.itemsize}")
+    if count < 2:
+        raise bad(f"too short, {count} tokens")
+    tokens = np.memmap(path, dtype, "r", HEADER, (count,))
+    if vocab_size is not None and (top := int(tokens.max())) >= vocab_size:
+        raise UserError(f"{path}: token id {top} is beyond vocab_size {vocab_size}; set --vocab_size={top + 1} or "
+                        "more, or delete the file, and it will be built again")
+    return tokens
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: np.memmap  # token ids
+    val: np.memmap
+    enc: tiktoken.Encoding
+    fingerprint: str  # of the source texts
+    description: str  # for the log
+
+
+def prepare(data: str, tokenizer: str, cache_dir: str) -> Corpus:
+    """The tokens of `data` ("" = the default corpus, else a file or folder), encoded at first use into `cache_dir`."""
+    enc = get_tokenizer(tokenizer)
+    try:
+        source = user_source(data) if data else default_source()
+        fingerprint = source.fingerprint()
+        # Other ranks or another format never meet old files: all three are in the name.
+        key = hashlib.sha256(f"{fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
+        paths = [Path(cache_dir, f"{source.name}-{tokenizer}-{key}-{side}.bin") for side in ("train", "val")]
+        for path, validation in zip(paths, (False, True), strict=True):
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_tokens(path, encode(source, enc, validation), enc, fingerprint)
+    except OSError as error:
+        raise UserError(f"{error.filename or cache_dir}: {error.strerror or error}; the data must be readable (--data) "
+                        "and the cache writable, with room (--cache_dir)") from error
+    tokens = [load_tokens(path, enc.n_vocab) for path in paths]
+    size = sum(file.size for file in source.files)
+    rule = "a tenth of the files, by path" if tail_cut(source) is None else "the last tenth of the text"
+    return Corpus(*tokens, enc, fingerprint, f"{source.title}: {len(source.files)} files, {size:,} bytes, "
+                  f"{len(tokens[0]):,} training and {len(tokens[1]):,} validation tokens ({tokenizer}). Validation: "
+                  f"{rule}; {reasons(source.skipped)}.")
+
+
+# ---- batches
+
+def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, seed: int, step: int,
+              rank: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y, int64 [batch_size, block_size], y one token ahead of x: a pure function of (seed, step, rank)."""
+    if len(tokens) <= block_size:
+        raise UserError(f"block_size {block_size} needs {block_size + 1} tokens, the training text has {len(tokens)}: "
+                        "set a smaller --block_size or give more text with --data")
+    first = np.random.default_rng([seed, step, rank]).integers(len(tokens) - block_size, size=batch_size)
+    rows = torch.from_numpy(tokens[first[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def eval_batches(tokens: np.ndarray, batch_size: int, block_size: int,
+                 max_batches: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """x and y of windows side by side that meet each target once; or max_batches of them, evenly spread.
+
+    The last batch may hold fewer windows. Where the text ends within a window, x is padded with 0 and y with -1, which
+    the loss ignores.
+    """
+    if len(tokens) < 2:
+        raise UserError(f"{len(tokens)} validation tokens are too few to evaluate on: give more text with --data")
+    windows = -(-(len(tokens) - 1) // block_size)
+    chosen = min(windows, max_batches * batch_size) if max_batches else windows
+    firsts = np.arange(chosen) * windows // chosen * block_size
+    for batch in np.split(firsts, range(batch_size, chosen, batch_size)):
+        x, y = torch.zeros(len(batch), block_size, dtype=torch.int64), torch.full((len(batch), block_size), -1)
+        for row, first in enumerate(batch):
+            window = torch.from_numpy(tokens[first:first + block_size + 1].astype(np.int64))
+            x[row, :len(window) - 1], y[row, :len(window) - 1] = window[:-1], window[1:]
+        yield x, y
+
+
+# ---- the shipped ranks
+
+def train_tokenizer(out: str) -> None:
+    """Train python4096's ranks on the training side of the default corpus and write them to `out`."""
+    if importlib.util.find_spec("rustbpe") is None:
+        raise UserError("rustbpe, a tool for this command only, is not installed: pip install rustbpe==0.1.0")
+    import rustbpe
+
+    source = default_source()
+    trainer = rustbpe.Tokenizer()
+    train = ("".join(texts(source.root / file.name)) for file in source.files if not is_validation(file.name))
+    trainer.train_from_iterator(train, N_RANKS, pattern=PATTERN)
+    ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
+    Path(out).write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks), newline="\n")
+    same = "that of" if source.fingerprint() == RANKS_CORPUS else "NOT that of"
+    print(f"{out}: {len(ranks)} ranks from the {source.title}, {same} the shipped ranks ({source.fingerprint()[:12]})")
+
+
+def main(args: list[str]) -> None:
+    if len(args) != 2 or args[0] != "train_tokenizer":
+        raise UserError(f"{' '.join(args)!r} is no command of this file: python data.py train_tokenizer OUT")
+    train_tokenizer(args[1])
+
+
+if __name__ == "__main__":
+    cli(main)

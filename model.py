@@ -1,0 +1,321 @@
+"""HYDRA: a hybrid-attention transformer, a pre-norm trunk whose attention differs from layer to layer.
+
+- The layer mix is a string tiled over the depth. "MMCCCLML" (M = MQA, C = CCQA, L = MLA; see attention.py) is the
+  8-layer macro-block, three of them make the 24-layer transformer; "A" (MHA) and "G" (GQA) are the baselines.
+- Block: x = x + alpha * attn(norm(x)), x = x + mlp(norm(x)); SwiGLU (arXiv:2002.05202), RMSNorm (1910.07467).
+- Tied embedding and head; a loss that never holds the logits of a large vocabulary as a whole.
+- Closed formulas for parameters, FLOPs and the bytes of a decoding state, which the tests hold against the modules.
+Left out: dropout, biases, learned positions, loading of other projects' weights.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import CCQA, Context, RMSNorm, choose_backend, make_attention, make_context
+from configurator import UserError
+
+ALPHA = {"A": 1.0, "G": 1.0, "M": 1.0, "C": 0.5, "L": 0.5}  # scale of the attention's residual line
+# A loss makes at most this many logits at a time, and returns them only if that is all of them (128 MiB in fp32).
+MAX_LOGITS = 2**25
+IGNORE = -1  # targets that the loss skips
+
+
+@dataclass(frozen=True)
+class HydraConfig:
+    vocab_size: int = 4096  # size of the vocabulary, at least the tokenizer's
+    block_size: int = 256  # T, the longest text that the model is trained on, in tokens
+    dim: int = 256  # D, model width
+    n_head: int = 8  # H, query heads of every layer
+    n_kv_head: int = 2  # G, key/value heads of CCQA and GQA layers
+    n_layer: int = 8  # depth; the pattern is tiled over it
+    pattern: str = "MMCCCLML"  # attention of each layer: A MHA, G GQA, M MQA, C CCQA, L MLA
+    mlp_ratio: float = 3.0  # SwiGLU's hidden width over D, rounded up to a multiple of 256
+    compression: int = 4  # C, CCQA's latent is D/C wide
+    conv_kernel: int = 3  # taps of each of CCQA's two causal convolutions, 0 = no convolution
+    qk_gain: float = 0.25  # gain of CCQA's QK-mean coupling, 0 to 0.5, 0 = no coupling
+    value_shift: bool = True  # half of CCQA's values come from the previous token
+    latent_ratio: float = 0.5  # MLA's latent is D times this wide
+    window: int = 0  # MQA layers see this many last tokens, 0 = all
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # epsilon of every RMSNorm
+    attn_backend: str = "auto"  # attention core: auto, flex (FlexAttention, compiled) or sdpa
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "dim", "n_head", "n_kv_head", "n_layer", "compression"):
+            self._need(getattr(self, name) >= 1, name, "it must be at least 1")
+        for name in ("conv_kernel", "window"):
+            self._need(getattr(self, name) >= 0, name, "it must be 0 (off) or positive")
+        for name in ("mlp_ratio", "rope_theta", "norm_eps"):
+            self._need(getattr(self, name) > 0, name, "it must be positive")
+        self._need(len(self.pattern) > 0, "pattern", "name at least one layer, such as MMCCCLML")
+        for letter in self.pattern:
+            self._need(letter in ALPHA, "pattern", f"unknown letter {letter!r}: use {', '.join(ALPHA)}")
+        self._need(self.attn_backend in ("auto", "flex", "sdpa"), "attn_backend", "use auto, flex or sdpa")
+        self._need(0 <= self.qk_gain <= 0.5, "qk_gain", "choose a value from 0 to 0.5")
+        D, H, G, letters = self.dim, self.n_head, self.n_kv_head, set(self.layers)
+        if letters & set("CG"):
+            self._need(H % G == 0, "n_kv_head", f"it must divide n_head={H}")
+        if letters & set("AGM"):
+            self._need(D % (2 * H) == 0, "dim", f"heads need an even width: use a multiple of 2*n_head={2 * H}")
+        if "C" in letters:
+            unit = 2 * H * self.compression
+            self._need(D % unit == 0, "dim", f"CCQA's heads need an even width: use a multiple of {unit}"
+                       f" (2*n_head*compression), or another compression")  # fmt: skip
+        if "L" in letters:
+            R = D * self.latent_ratio
+            self._need(0 < self.latent_ratio <= 1, "latent_ratio", "choose a value above 0 and at most 1")
+            self._need(R % (4 * H) == 0, "latent_ratio", f"MLA's latent, dim*latent_ratio={R:g}, must be a multiple of"
+                       f" 4*n_head={4 * H}: change dim, n_head or latent_ratio")  # fmt: skip
+
+    def _need(self, holds: bool, name: str, remedy: str) -> None:
+        if not holds:
+            raise UserError(f"{name}={getattr(self, name)!r}: {remedy}")
+
+    @property
+    def layers(self) -> str:
+        """The letter of every layer, pattern tiled over the depth."""
+        return (self.pattern * -(-self.n_layer // len(self.pattern)))[: self.n_layer]
+
+    @property
+    def mlp_hidden(self) -> int:
+        return -(-int(self.mlp_ratio * self.dim) // 256) * 256
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), gate and up as one projection (arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, c: HydraConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(c.dim, 2 * c.mlp_hidden, bias=False)
+        self.down = nn.Linear(c.mlp_hidden, c.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention, then SwiGLU, each on its own residual line."""
+
+    def __init__(self, letter: str, c: HydraConfig):
+        super().__init__()
+        self.alpha = ALPHA[letter]
+        self.attn_norm = RMSNorm(c.dim, c.norm_eps)
+        self.attn = make_attention(letter, c)
+        self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
+        self.mlp = SwiGLU(c)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        x_BTD = x_BTD + self.alpha * self.attn(self.attn_norm(x_BTD), ctx)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of x W^T against targets, `rows` rows of logits at a time. The gradients are made in the
+    forward, where the logits of a chunk are at hand: the products are the plain loss's three, none is done twice,
+    and no more than one chunk of fp32 logits exists at any time."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        x, weight = x_ND.to(dtype), weight_VD.to(dtype)
+        grads = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_x = torch.empty_like(x_ND) if grads else None
+        grad_weight = torch.zeros_like(weight_VD) if grads else None
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        for part in range(0, x.size(0), rows):
+            s = slice(part, part + rows)
+            logits = (x[s] @ weight.t()).float()
+            keep = (targets_N[s] != IGNORE)[:, None]
+            index = targets_N[s].clamp(min=0)[:, None]
+            norm = logits.logsumexp(-1, keepdim=True)
+            loss += ((norm - logits.gather(1, index)) * keep).sum()
+            if grads:  # d loss / d logits = softmax - onehot, written over the logits
+                grad = logits.sub_(norm).exp_()
+                grad.scatter_add_(1, index, torch.full_like(norm, -1.0)).mul_(keep)
+                grad = grad.to(dtype)
+                grad_x[s] = grad @ weight
+                grad_weight += grad.t() @ x[s]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
+
+
+class Hydra(nn.Module):
+    """The model: `logits, loss = model(idx, targets)`."""
+
+    def __init__(self, config: HydraConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(letter, config) for letter in config.layers)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Every parameter once, by its module's role. Residual projections are smaller, so that the trunk's variance
+        does not grow with the depth (GPT-2); CCQA's depthwise taps start as the identity and its grouped ones at
+        1/sqrt(fan in): with 0.02 for both the variant loses all it gains (see the docs of the init in the README)."""
+        std, done = 0.02, []
+        residual = {m for block in self.blocks for m in (block.attn.out, block.mlp.down)}
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                scale = std / math.sqrt(2 * self.config.n_layer) if module in residual else std
+                done.append(nn.init.normal_(module.weight, std=scale))
+            elif isinstance(module, RMSNorm):
+                done.append(nn.init.ones_(module.weight))
+            elif isinstance(module, CCQA):
+                done.append(nn.init.ones_(module.k_temperature))
+                if module.conv_kernel:
+                    done.append(nn.init.zeros_(module.conv_depthwise))
+                    module.conv_depthwise[:, -1] = 1.0  # the last tap is the present token
+                    fan_in = module.head_width * module.conv_kernel
+                    done.append(nn.init.normal_(module.conv_grouped, std=fan_in**-0.5))
+        assert sorted(map(id, done)) == sorted(map(id, self.parameters())), "a parameter is not initialised once"
+
+    def backend(self, compiled: bool, grad: bool) -> dict[str, tuple[str, str]]:
+        """Attention core of each letter in use, letter -> (backend, reason); UserError if the one asked for cannot."""
+        device = self.embed.weight.device.type
+        attns = {letter: block.attn for letter, block in zip(self.config.layers, self.blocks, strict=True)}
+        return {
+            letter: choose_backend(self.config.attn_backend, device, attn.head_width, compiled, grad)
+            for letter, attn in attns.items()
+        }
+
+    def context(self, pos: Tensor) -> Context:
+        """Rotation tables at positions `pos` [T] or [B, T] and, where FlexAttention may run, its block masks."""
+        widths = {block.attn.rope_width for block in self.blocks}
+        flex = self.config.attn_backend != "sdpa" and (pos.is_cuda or self.config.attn_backend == "flex")
+        windows = {getattr(block.attn, "window", 0) for block in self.blocks} if flex else set()
+        return make_context(pos, widths, self.config.rope_theta, windows)
+
+    def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Token ids [B, T] -> (logits, loss). Without targets: the last position's logits [B, 1, V], and None. With
+        targets [B, T] (-1 = ignored): the mean cross-entropy in nats, fp32, and the logits [B, T, V] where they are
+        at most MAX_LOGITS numbers, None where they are more."""
+        B, T = idx_BT.shape
+        if T > self.config.block_size:
+            raise UserError(f"{T} tokens do not fit: crop the text to block_size={self.config.block_size}")
+        ctx = self.context(torch.arange(T, device=idx_BT.device))
+        x_BTD = self.embed(idx_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, ctx)
+        x_BTD = self.norm(x_BTD)
+        if targets_BT is None:
+            return F.linear(x_BTD[:, -1:], self.embed.weight), None
+        return self.loss(x_BTD, targets_BT)
+
+    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight, targets = x_BTD.flatten(0, 1), self.embed.weight, targets_BT.flatten()
+        rows = max(1, MAX_LOGITS // weight.size(0))
+        if x.size(0) <= rows:
+            logits = F.linear(x, weight)
+            loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
+            return logits.unflatten(0, targets_BT.shape), loss
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        loss = ChunkedCrossEntropy.apply(x, weight, targets, rows, dtype)
+        return None, loss / (targets != IGNORE).sum()
+
+    @torch.no_grad()
+    def generate(
+        self, idx_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Yields the next token ids [B], max_new_tokens times. The text is cropped to its last block_size tokens and
+        every step recomputes it. temperature 0 takes the likeliest token; see `pick` for the rest."""
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx_BT[:, -self.config.block_size :])
+            token_B = pick(logits[:, -1].float(), temperature, top_k, top_p, generator)
+            idx_BT = torch.cat((idx_BT, token_B[:, None]), dim=1)
+            yield token_B
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict]:
+        """Decay on matrices and embeddings, none on gains, temperatures and the depthwise filters, which are vectors."""
+        vectors = [p for n, p in self.named_parameters() if p.dim() < 2 or n.endswith(".conv_depthwise")]
+        chosen = set(map(id, vectors))
+        matrices = [p for p in self.parameters() if id(p) not in chosen]
+        return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def pick(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Next token ids [B] from fp32 logits: softmax at `temperature` over the `top_k` likeliest tokens (0 = all), of
+    those the fewest whose probability reaches `top_p` (arXiv:1904.09751); temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV, order_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
+    if top_k:
+        logits_BV[:, top_k:] = -math.inf
+    probs_BV = logits_BV.softmax(-1)
+    probs_BV[probs_BV.cumsum(-1) - probs_BV >= top_p] = 0.0  # the token that crosses top_p stays
+    return order_BV.gather(1, torch.multinomial(probs_BV, 1, generator=generator)).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# accounting by closed formula, per layer letter
+
+
+def attention_params(c: HydraConfig, letter: str) -> int:
+    D, H, L, R = c.dim, c.n_head, c.dim // c.compression, int(c.dim * c.latent_ratio)
+    if letter in "AGM":
+        G = {"A": H, "G": c.n_kv_head, "M": 1}[letter]
+        return 2 * D * D + 2 * D * G * (D // H) + D
+    if letter == "C":
+        K = L // H
+        kappa = c.n_kv_head * K
+        convolutions = c.conv_kernel * (L + kappa) * (1 + K)
+        return 2 * D * L + 2 * D * kappa + convolutions + c.n_kv_head + L
+    return 2 * D * R + R * (2 * R + R // 2 + R // H // 2) + 2 * R
+
+
+def count_params(c: HydraConfig) -> int:
+    """All parameters; the head is the embedding."""
+    mlp = 3 * c.dim * c.mlp_hidden
+    return c.vocab_size * c.dim + c.dim + sum(attention_params(c, a) + mlp + 2 * c.dim for a in c.layers)
+
+
+def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
+    """Forward FLOPs of one attention per token, two a multiply-add, over the causal mean of T/2 keys."""
+    D, H, L, R, W = c.dim, c.n_head, c.dim // c.compression, int(c.dim * c.latent_ratio), c.window
+    if letter in "AGM":
+        G = {"A": H, "G": c.n_kv_head, "M": 1}[letter]
+        keys = W * (1 - W / (2 * T)) if letter == "M" and 0 < W < T else T / 2
+        return 4 * D * D + 4 * D * G * (D // H) + 4 * keys * D
+    if letter == "C":
+        K = L // H
+        kappa = c.n_kv_head * K
+        return 4 * D * L + 4 * D * kappa + 2 * c.conv_kernel * (L + kappa) * (1 + K) + 2 * T * L
+    return 4 * D * R + 2 * R * (2 * R + R // 2 + R // H // 2) + 2 * T * R
+
+
+def flops_per_token(c: HydraConfig, T: int) -> float:
+    """Forward FLOPs per token at T tokens, head included; training takes three times as many."""
+    mlp = 6 * c.dim * c.mlp_hidden
+    return 2 * c.dim * c.vocab_size + sum(attention_flops(c, a, T) + mlp for a in c.layers)
+
+
+def state_values(c: HydraConfig, letter: str) -> int:
+    """Values that decoding keeps per past token in one layer: keys and values, or MLA's latent and shared rope key."""
+    D, H = c.dim, c.n_head
+    if letter in "AGM":
+        return 2 * {"A": H, "G": c.n_kv_head, "M": 1}[letter] * (D // H)
+    if letter == "C":
+        return 2 * c.n_kv_head * (D // c.compression // H)
+    R = int(D * c.latent_ratio)
+    return R + R // H // 2
+
+
+def kv_bytes(c: HydraConfig, T: int, itemsize: int = 2) -> int:
+    """Bytes of the decoding state of one sequence of T tokens over all layers (windowed MQA keeps `window` tokens);
+    CCQA's constant tail of 2*(conv_kernel-1) rows and one shifted value row is not in it."""
+    kept = {a: min(T, c.window) if a == "M" and c.window else T for a in c.layers}
+    return itemsize * sum(kept[a] * state_values(c, a) for a in c.layers)

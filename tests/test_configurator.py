@@ -1,0 +1,356 @@
+"""configurator.py: what is given is what arrives, typed; every mistake is one line that names the remedy.
+
+Each error kind has its row in ERRORS with the words its message must hold; the program's behaviour (exit code, stderr)
+is tested from outside, in a process of its own.
+"""
+
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+
+import pytest
+
+from configurator import UserError, build, cli, field_comments, parse, to_toml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Shape:
+    dim: int = 384  # width of the "stream" # in channels
+    batch_size: int = 8  # sequences per step
+    pattern: "str" = "MM#CC"  # one letter per layer
+    seed: int = 1  # of the weights
+    bare: str = "# no comment"
+
+    def __post_init__(self):
+        if self.dim % 2:
+            raise ValueError(f"dim = {self.dim} is odd: give an even one")
+
+
+@dataclass
+class Run:
+    learning_rate: float = 3e-4  # peak of the schedule
+    compile: bool = False  # fuse with torch.compile
+    out_dir: str = (
+        "out"
+    )  # where it is saved
+    seed: int = 1  # of the batches
+
+
+@dataclass
+class Needy:
+    path: str  # has no default
+    count: int = 1  # a number
+    hidden: int = field(default=0, init=False)  # derived
+
+
+@pytest.fixture
+def toml(tmp_path, monkeypatch):
+    """Writes a file into the current folder, which is empty at first, and returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str | bytes, name: str = "a.toml") -> str:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return name
+
+    return write
+
+
+def same(got: object, want: object) -> bool:
+    """Equal in value and in type: 1 is not True and not 1.0."""
+    return got == want and type(got) is type(want)
+
+
+@pytest.mark.parametrize("argv, key, value", [
+    (["--dim=64"], "dim", 64),
+    (["--dim", "64"], "dim", 64),
+    (["--dim", "-1"], "dim", -1),
+    (["--dim=-1"], "dim", -1),
+    (["--batch-size=2"], "batch_size", 2),
+    (["--batch-size", "2"], "batch_size", 2),
+    (["--learning_rate=1"], "learning_rate", 1.0),
+    (["--learning_rate=1e-05"], "learning_rate", 1e-5),
+    (["--learning_rate", "-.5"], "learning_rate", -0.5),
+    (["--out_dir=a=b"], "out_dir", "a=b"),
+    (["--out_dir=a-b"], "out_dir", "a-b"),
+    (["--out_dir="], "out_dir", ""),
+    (["--out_dir", ""], "out_dir", ""),
+    (["--out_dir", "-x"], "out_dir", "-x"),
+    (["--out_dir=--dim"], "out_dir", "--dim"),
+    (["--out_dir=1"], "out_dir", "1"),
+    (["--pattern=true"], "pattern", "true"),
+    (["--compile"], "compile", True),
+    *[([f"--compile={text}"], "compile", True) for text in ("true", "TRUE", "Yes", "1")],
+    *[([f"--compile={text}"], "compile", False) for text in ("false", "False", "NO", "0")],
+    (["--compile", "No"], "compile", False),
+    (["--dim=2", "--dim=4"], "dim", 4),
+])
+def test_option(argv, key, value):
+    given = parse(argv, Shape, Run)
+    assert list(given) == [key] and same(given[key], value)
+
+
+def test_flag_consumes_only_a_bool(toml):
+    assert parse(["--compile", "no", "--dim=2"], Shape, Run) == {"compile": False, "dim": 2}
+    assert parse(["--compile", "--dim=2"], Shape, Run) == {"compile": True, "dim": 2}
+    assert parse(["--compile", toml("dim = 2")], Shape, Run) == {"compile": True, "dim": 2}
+
+
+def test_only_given_keys():
+    assert parse([], Shape, Run) == {}
+    assert parse(["--dim=384"], Shape, Run) == {"dim": 384}
+
+
+def test_position_decides(toml):
+    a, b = toml("dim = 2\nseed = 2"), toml("dim = 4", "b.toml")
+    assert parse([a, b], Shape) == {"dim": 4, "seed": 2}
+    assert parse([b, a], Shape) == {"dim": 2, "seed": 2}
+    assert parse([a, "--dim=6"], Shape) == {"dim": 6, "seed": 2}
+    assert parse(["--dim=6", "--seed", "3", a], Shape) == {"dim": 2, "seed": 2}
+    assert parse([a, "--seed=3", b], Shape) == {"dim": 4, "seed": 3}
+
+
+def test_file_types(toml):
+    text = '\ufeff# made on Windows\r\nlearning_rate = 1\r\nbatch-size = 4\r\ncompile = true\r\nout_dir = "é"\r\n'
+    given = parse([toml(text)], Shape, Run)
+    assert given == {"learning_rate": 1.0, "batch_size": 4, "compile": True, "out_dir": "é"}
+    assert type(given["learning_rate"]) is float and type(given["compile"]) is bool
+
+
+# argv, the text of a.toml (or None), the words of the message
+ERRORS = {
+    "typo": (["--learning_rat=1"], None, ["unknown key 'learning_rat': did you mean learning_rate? (--help"]),
+    "case": (["--DIM=1"], None, ["'DIM'", "did you mean dim?"]),
+    "nothing near": (["--zzzz=1"], None, ["unknown key 'zzzz': --help lists every key"]),
+    "newline in a key": (["--di\nm=1"], None, ["unknown key", "dim"]),
+    "two dashes": (["--"], None, ["unknown key ''"]),
+    "word for int": (["--dim=big"], None, ["--dim='big'", "int", "whole number"]),
+    "exponent for int": (["--dim=1e3"], None, ["--dim='1e3'", "int"]),
+    "float for int": (["--dim", "3.0"], None, ["--dim='3.0'", "int"]),
+    "empty int": (["--dim="], None, ["--dim=''", "int"]),
+    "huge int": (["--dim=" + "9" * 5000], None, ["--dim=", "int"]),
+    "word for float": (["--learning_rate=fast"], None, ["'fast'", "float", "3e-4"]),
+    "empty float": (["--learning_rate="], None, ["float"]),
+    "nan": (["--learning_rate=nan"], None, ["'nan'", "finite"]),
+    "inf": (["--learning_rate=-inf"], None, ["'-inf'", "finite"]),
+    "overflow": (["--learning_rate=1e999"], None, ["finite"]),
+    "word for bool": (["--compile=maybe"], None, ["'maybe'", "true or false"]),
+    "empty bool": (["--compile="], None, ["true or false"]),
+    "not UTF-8": (["--out_dir=\udcff"], None, ["UTF-8"]),
+    "value missing": (["--dim"], None, ["--dim needs a value", "--dim=VALUE"]),
+    "value is an option": (["--out-dir", "--dim=2"], None, ["--out_dir needs a value"]),
+    "no dashes": (["learning_rate=1"], None, ["'learning_rate=1'", "write --learning_rate=1"]),
+    "one dash": (["-dim=2"], None, ["'-dim=2'", "write --dim=2"]),
+    "missing file": (["config/b.toml"], None, ["'config/b.toml' does not exist", ".toml file or --key=value"]),
+    "near file": (["aa.toml"], "", ["'aa.toml' does not exist", "did you mean a.toml?"]),
+    "near config": (["tinny"], None, ["'tinny' does not exist", "did you mean config/tiny.toml?"]),
+    "prompt-long word": (["word " * 1000], None, ["does not exist"]),
+    "directory": (["config"], None, ["'config' is a directory"]),
+    "toml directory": (["dir.toml"], None, ["'dir.toml' cannot be read", "directory"]),
+    "not .toml": (["notes.txt"], None, ["'notes.txt' is not a .toml file"]),
+    "not UTF-8 file": (["a.toml"], b"dim = 2 # \xff", ["'a.toml'", "UTF-8"]),
+    "invalid TOML": (["a.toml"], "dim = 2\nseed 3\n", ["'a.toml' is not valid TOML", "line 2"]),
+    "TOML cut short": (["a.toml"], 'dim = 2\nout_dir = """x', ["'a.toml' is not valid TOML", "line 2"]),
+    "key twice": (["a.toml"], "dim = 2\ndim = 3\n", ["not valid TOML", "line 2"]),
+    "table": (["a.toml"], "[model]\ndim = 2", ["a.toml: 'model' is a table", "flat"]),
+    "dotted key": (["a.toml"], "model.dim = 2", ["a.toml: 'model' is a table"]),
+    "list": (["a.toml"], "dim = [2]", ["a.toml: 'dim'", "list"]),
+    "typo in file": (["a.toml"], "dmi = 2", ["a.toml: unknown key 'dmi': did you mean dim?"]),
+    "str for int in file": (["a.toml"], 'dim = "2"', ["a.toml: dim = '2'", "int"]),
+    "float for int in file": (["a.toml"], "dim = 2.0", ["a.toml: dim = 2.0", "int"]),
+    "bool for int in file": (["a.toml"], "dim = true", ["a.toml: dim = True", "int"]),
+    "bool for float in file": (["a.toml"], "learning_rate = true", ["float"]),
+    "int for bool in file": (["a.toml"], "compile = 1", ["compile = 1", "true or false"]),
+    "int for str in file": (["a.toml"], "out_dir = 1", ["out_dir = 1", "quotes"]),
+    "date for str in file": (["a.toml"], "out_dir = 2020-01-01", ["a.toml: out_dir", "str"]),
+    "nan in file": (["a.toml"], "learning_rate = nan", ["nan", "finite"]),
+    "int too large for float": (["a.toml"], "learning_rate = 1" + "0" * 400, ["finite"]),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error(name, toml):
+    argv, text, words = ERRORS[name]
+    toml("", "config/tiny.toml"), toml("", "notes.txt"), Path("dir.toml").mkdir()
+    if text is not None:
+        toml(text)
+    with pytest.raises(UserError) as caught:
+        parse(argv, Shape, Run)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_file(toml, monkeypatch):
+    def denied(*_args, **_options):  # chmod would not stop root
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(UserError, match="'a.toml' cannot be read: Permission denied"):
+        parse([toml("dim = 2")], Shape)
+
+
+def test_no_more_than_three_names():
+    wide = make_dataclass("Wide", [(f"rate_{i}", int, 0) for i in range(6)])
+    with pytest.raises(UserError) as caught:
+        parse(["--rate_=1"], wide)
+    assert str(caught.value).count("rate_") == 1 + 3
+
+
+def test_build_order():
+    shape, run = build({"dim": 2}, Shape, Run, base={"dim": 4, "batch_size": 3, "learning_rate": 1})
+    assert (shape, run) == (Shape(dim=2, batch_size=3), Run(learning_rate=1.0))
+    assert build({}, Shape, Run) == (Shape(), Run())
+    assert build({}, Run) == (Run(),)
+
+
+def test_build_shared_key():
+    shape, run = build({"seed": 7}, Shape, Run)
+    assert shape.seed == run.seed == 7
+
+
+@pytest.mark.parametrize("given, base, words", [
+    ({}, {"learning_rat": 1.0}, "unknown key 'learning_rat': did you mean learning_rate?"),
+    ({"dmi": 2}, None, "did you mean dim?"),
+    ({"dim": "2"}, None, "dim = '2' is not an int"),
+    ({}, {"compile": 1}, "compile = 1 is not a bool"),
+    ({"dim": 3}, None, r"^dim = 3 is odd: give an even one$"),
+])
+def test_build_errors(given, base, words):
+    with pytest.raises(UserError, match=words):
+        build(given, Shape, Run, base=base)
+
+
+def test_field_without_default():
+    with pytest.raises(UserError, match="path has no default: give --path=VALUE"):
+        build({"count": 2}, Needy)
+    assert build({"path": "x"}, Needy) == (Needy("x"),)
+    with pytest.raises(UserError, match="unknown key 'hidden'"):  # a derived field is no key
+        parse(["--hidden=1"], Needy)
+
+
+def test_programmers_mistakes():
+    text_seed = make_dataclass("TextSeed", [("seed", str, "1")])
+    for types in ((Shape, text_seed), (make_dataclass("Odd", [("sizes", list, None)]),)):
+        with pytest.raises(TypeError, match="seed|sizes"):
+            parse([], *types)
+        with pytest.raises(TypeError, match="seed|sizes"):
+            build({}, *types)
+    with pytest.raises(TypeError, match="seed"):
+        to_toml(Shape(seed=1), Run(seed=2))
+
+
+AWKWARD = ["", " ", "plain", "C:\\new\\table", "it's \"quoted\"", '"""', "'''",
+           "line\nline\r\nline\ttab", "# no comment",
+           "é ∑ 漢字 😀", "\x00\x01\x1f\x7f\x80\x85\u2028\ufeff", "\\u0041", "a = 1", "[table]", "{x}%s", "\b\f\\"]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_round_trip_text(text, toml):
+    shape, run = Shape(pattern=text), Run(out_dir=text[::-1])
+    assert build(parse([toml(to_toml(shape, run))], Shape, Run), Shape, Run) == (shape, run)
+
+
+@pytest.mark.parametrize("number", [1e-05, 0.0003, 0.1, 1 / 3, 1.0, 100000.0, 1e16, 1e22, 1.7e308, 5e-324, -0.0, 2])
+def test_round_trip_numbers(number, toml):
+    got = parse([toml(to_toml(Shape(dim=-(2**70)), Run(learning_rate=number, compile=True)))], Shape, Run)
+    assert same(got["learning_rate"], float(number)) and repr(got["learning_rate"]) == repr(float(number))
+    assert same(got["dim"], -(2**70)) and same(got["compile"], True)
+
+
+def test_toml_is_complete_and_grouped(toml):
+    text = to_toml(Shape(), Run())
+    lines = text.splitlines()
+    assert set(parse([toml(text)], Shape, Run)) == {f.name for cls in (Shape, Run) for f in fields(cls)}
+    assert lines[0] == "# Shape" and lines.index("# Run") < lines.index("learning_rate = 0.0003")
+    assert lines.index("dim = 384") < lines.index("# Run") and "compile = false" in lines
+    assert sum(line.startswith("seed") for line in lines) == 1  # TOML forbids a key twice
+    assert "hidden" not in to_toml(Needy("x"))
+
+
+def test_toml_refuses_what_parse_would():
+    with pytest.raises(UserError, match="finite"):
+        to_toml(Run(learning_rate=math.inf))
+
+
+def test_field_comments():
+    @dataclass(frozen=True)
+    class Child(Shape):
+        extra: int = 1  # its own
+        dim: int = 2  # narrower
+
+    assert field_comments(Shape) == {
+        "dim": 'width of the "stream" # in channels', "batch_size": "sequences per step",
+        "pattern": "one letter per layer", "seed": "of the weights", "bare": ""}
+    assert field_comments(Run)["out_dir"] == "where it is saved"
+    assert field_comments(Child) == {**field_comments(Shape), "dim": "narrower", "extra": "its own"}
+    assert field_comments(make_dataclass("Made", [("x", int, 0)])) == {"x": ""}
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["--help"], ["--dim=2", "--help"], ["--learning_rat=1", "-h"]])
+def test_help(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(argv, Shape, Run, Needy, doc="What it does.\n")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == "What it does." and "usage: " in out and "[config/x.toml ...] [--key=value ...]" in out
+    groups = [lines.index(cls.__name__) for cls in (Shape, Run, Needy)] + [len(lines)]
+    for cls, begin, end in zip((Shape, Run, Needy), groups, groups[1:], strict=False):
+        for key, comment in field_comments(cls).items():
+            row = [line for line in lines[begin:end] if line.startswith(f"  --{key}=")]
+            assert len(row) == (key != "hidden") and all(line.endswith(comment) for line in row)
+    for option in ("--dim=384", "--learning_rate=0.0003", "--compile=false", '--out_dir="out"', "--path=(required)"):
+        assert f"  {option} " in out
+
+
+PROGRAM = """
+import sys
+from configurator import UserError, cli, parse
+from tests.test_configurator import Shape
+
+def main(argv):
+    if argv == ["interrupt"]:
+        raise KeyboardInterrupt
+    if argv == ["bug"]:
+        raise ValueError("a bug")
+    return parse(argv, Shape, doc="a program").get("seed")
+
+cli(main)
+"""
+
+
+def program(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", PROGRAM, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_program_user_error():
+    done = program("--dmi=3")
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr == "error: unknown key 'dmi': did you mean dim? (--help lists every key)\n"
+
+
+def test_program_help():
+    done = program("--help")
+    assert done.returncode == 0 and done.stderr == "" and "--dim=384" in done.stdout
+
+
+def test_program_interrupt():
+    done = program("interrupt")
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+def test_program_bug_keeps_its_traceback():
+    done = program("bug")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "a bug" in done.stderr
+
+
+@pytest.mark.parametrize("argv, code", [([], 0), (["--seed=0"], 0), (["--seed=5"], 5)])
+def test_cli_returns_the_code(argv, code, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program", *argv])
+    with pytest.raises(SystemExit) as caught:
+        cli(lambda args: parse(args, Shape).get("seed"))
+    assert caught.value.code == code

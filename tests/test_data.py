@@ -1,0 +1,393 @@
+"""data.py: round trips, the split, the token files and their errors, batches, evaluation windows. CPU, no network."""
+
+import base64
+import hashlib
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import requests
+import tiktoken
+import torch
+
+import data
+from configurator import UserError
+
+AWKWARD = ("\ufeffdef f(x):\r\n\tif x:\n        return 'naïve 数 🐍 e\u0301'\x00\x0b\u3000\u2028<|endoftext|> 12345\r\n"
+           "\n\n  \u200b_a__b \U0010ffff")
+TOKENIZERS = ("python4096", "bytes")
+
+
+def write_folder(root, files):
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(root)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {f"part{i % 3}/{i}.txt": f"text {i}\nénd {i * i}\n" * 20 for i in range(40)}
+    return write_folder(tmp_path / "texts", files)
+
+
+def prepare(source, tmp_path, tokenizer="bytes"):
+    return data.prepare(str(source), tokenizer, str(tmp_path / "cache"))
+
+
+def text_of(tokens, enc):
+    return enc.decode_bytes(tokens.tolist()).replace(b"<|endoftext|>", b"")
+
+
+def token_file(path, ids):
+    enc = data.make_encoding("bytes", "(?s:.)", {bytes([b]): b for b in range(256)})
+    data.write_tokens(path, iter([ids]), enc, "source")
+    return path
+
+
+# ---- tokenizers
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_text_comes_back(name):
+    enc = data.get_tokenizer(name)
+    every = "".join(chr(c) for c in range(0x3100) if not 0xD800 <= c < 0xE000)
+    for text in (AWKWARD, every, " " * 300_000 + "x", "\n" * 300_000, "=" * 300_000, ""):
+        ids = enc.encode_ordinary(text)
+        assert enc.decode_bytes(ids) == text.encode()
+        assert enc.eot_token not in ids
+
+
+def test_vocabulary_sizes_and_shipped_ranks():
+    assert data.get_tokenizer("python4096").n_vocab == 4096 and data.get_tokenizer("python4096").eot_token == 4095
+    assert data.get_tokenizer("bytes").n_vocab == 257 and data.get_tokenizer("bytes").eot_token == 256
+    ranks = data.read_ranks(data.RANKS)
+    assert len(ranks) == 4095 and all(bytes([b]) in ranks for b in range(256))
+    assert data.RANKS.stat().st_size < 60_000
+
+
+def test_indented_line_ends_are_single_tokens():
+    enc = data.get_tokenizer("python4096")
+    for text in (":\n        ", "):\n    ", "\n\n    ", " self", ".append"):
+        assert len(enc.encode_ordinary(text)) == 1, text
+
+
+@pytest.mark.parametrize("change", ["drop byte", "twice", "garbage", "missing"])
+def test_damaged_ranks_are_an_error(change, tmp_path, monkeypatch):
+    lines = data.RANKS.read_text().splitlines()
+    if change == "drop byte":  # the number of ranks stays right
+        lines[65] = f"{base64.b64encode(b'never a rank before').decode()} 65"
+    elif change == "twice":
+        lines[4000] = lines[3999]
+    elif change == "garbage":
+        lines[7] = "no base64 at all"
+    monkeypatch.setattr(data, "RANKS", tmp_path / "ranks")
+    if change != "missing":
+        data.RANKS.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="restore it"):
+        data.get_tokenizer("python4096")
+
+
+def test_unknown_tokenizer_names_the_nearest():
+    with pytest.raises(UserError, match="unknown tokenizer 'pyhton4096': did you mean python4096"):
+        data.get_tokenizer("pyhton4096")
+    with pytest.raises(UserError, match="bytes, gpt2"):
+        data.get_tokenizer("???")
+
+
+@pytest.mark.parametrize("error", [requests.exceptions.ConnectionError("no route"), ValueError("Hash mismatch")])
+def test_failed_download_names_the_remedies(error, monkeypatch):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(UserError, match="online once.*TIKTOKEN_CACHE_DIR.*--tokenizer=python4096") as caught:
+        data.get_tokenizer("gpt2")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hanging_download_ends(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: release.wait(30))
+    monkeypatch.setattr(data, "DOWNLOAD_LIMIT", 0.05)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="TimeoutError.*go online"):
+        data.get_tokenizer("gpt2")
+    assert time.monotonic() - start < 2
+    release.set()
+
+
+def test_an_encoding_without_end_of_text_is_an_error(monkeypatch):
+    bare = tiktoken.Encoding("bare", pat_str="(?s:.)", mergeable_ranks={bytes([b]): b for b in range(256)},
+                             special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bare)
+    with pytest.raises(UserError, match="no <|endoftext|>"):
+        data.get_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_token_bytes_sum_to_the_bytes_of_the_text(name):
+    enc = data.get_tokenizer(name)
+    lengths = data.token_bytes(enc, 5000)
+    assert lengths.shape == (5000,) and lengths.dtype == np.int64
+    assert lengths[enc.encode_ordinary(AWKWARD)].sum() == len(AWKWARD.encode())
+    assert lengths[enc.eot_token] == 0 and not lengths[enc.n_vocab:].any()
+    with pytest.raises(UserError, match="vocab_size 256 is smaller"):
+        data.token_bytes(enc, 256)
+
+
+def test_training_without_rustbpe_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install rustbpe"):
+        data.main(["train_tokenizer", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="train_tokenizer OUT"):
+        data.main(["train"])
+
+
+# ---- corpus and split
+
+def test_the_split_depends_on_the_path_only():
+    names = ("ast.py", "bdb.py", "cmd.py", "json/decoder.py", "os.py", "re/__init__.py", "typing.py")
+    sides = {name: data.is_validation(name) for name in (*names, *map("folder/{}.txt".format, range(300)))}
+    assert sides == {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 100 < 10 for name in sides}
+    assert [name for name in names if sides[name]] == ["ast.py", "typing.py"]
+
+
+def test_default_corpus():
+    source = data.default_source()
+    names = [file.name for file in source.files]
+    assert names == sorted(names) and 300 < len(names) < 2000 and "argparse.py" in names
+    assert not [name for name in names if data.NO_CORPUS & set(name.split("/"))]
+    assert not [name for name in names if "cp1252" in name or "_sysconfigdata" in name or "topics" in name]
+    assert "encodings/utf_8.py" in names and "unittest/case.py" in names
+    assert len({file.digest for file in source.files}) == len(names)
+    share = sum(map(data.is_validation, names)) / len(names)
+    assert 0.05 < share < 0.15
+
+
+def test_default_corpus_falls_back_to_torch_and_says_so(tmp_path, monkeypatch):
+    write_folder(tmp_path / "torch", {f"{i}.py": f"x = {i}\n" for i in range(100)})
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path / "nowhere"))
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    corpus = prepare("", tmp_path)
+    assert "FALLBACK" in corpus.description and "torch" in corpus.description and "100 files" in corpus.description
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "nothing" / "__init__.py"))
+    with pytest.raises(UserError, match="--data"):
+        prepare("", tmp_path)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_folder_is_split_by_path_without_overlap_or_loss(name, folder, tmp_path):
+    corpus = prepare(folder, tmp_path, name)
+    root = tmp_path / "texts"
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.txt"))
+    for tokens, side in ((corpus.train, False), (corpus.val, True)):
+        texts = [(root / n).read_bytes() for n in names if data.is_validation(n) == side]
+        assert len(texts) > 1
+        assert corpus.enc.decode_bytes(tokens.tolist()) == b"".join(text + b"<|endoftext|>" for text in texts)
+        assert (np.asarray(tokens) == corpus.enc.eot_token).sum() == len(texts)
+    assert "40 files" in corpus.description and name in corpus.description
+
+
+def test_unusable_files_are_skipped_and_counted(folder, tmp_path):
+    clean = prepare(folder, tmp_path)
+    root = tmp_path / "texts"
+    write_folder(root, {".hidden/a.txt": "h", ".secret": "h", "nul.txt": "a\0b", "latin.txt": b"caf\xe9 ",
+                        "cut.txt": b"caf\xc3", "empty.txt": "", "zcopy.txt": (root / "part0/0.txt").read_bytes()})
+    write_folder(tmp_path, {"outside.txt": "outside"})
+    os.symlink(tmp_path / "outside.txt", root / "link.txt")
+    os.symlink(tmp_path, root / "folderlink")
+    os.mkfifo(root / "pipe")
+    corpus = prepare(folder, tmp_path)
+    assert corpus.fingerprint == clean.fingerprint and np.array_equal(corpus.train, clean.train)
+    assert "skipped: 1 binary, 1 duplicate, 1 empty, 2 hidden, 2 links and devices, 2 not UTF-8" in corpus.description
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 18])
+@pytest.mark.parametrize("text", ["".join(f"line {i} né🐍\r\n" for i in range(50)), "數é🐍a" * 60, "ab",
+                                  "\n" * 99 + "the end", "x" * 500 + "\n"])
+def test_a_single_file_gives_its_tail_to_validation(text, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    write_folder(tmp_path, {"one.txt": text})
+    corpus = prepare(tmp_path / "one.txt", tmp_path)
+    train, val = text_of(corpus.train, corpus.enc), text_of(corpus.val, corpus.enc)
+    assert train + val == text.encode() and train and val
+    train.decode(), val.decode()  # the cut is between characters
+    if text.startswith("line") and chunk > 7:  # seven characters are less than a line: it counts as huge
+        assert train.endswith(b"\r\n") and 0.08 < len(val) / len(text.encode()) < 0.14
+
+
+@pytest.mark.parametrize(("first", "last"), [("first\n", "x" * 500), ("x" * 500 + "\n", "last\n"), ("a\n" * 9, "b\n")])
+def test_the_tail_begins_with_a_line(first, last, tmp_path):
+    write_folder(tmp_path, {"one.txt": first + last})
+    corpus = prepare(tmp_path / "one.txt", tmp_path)
+    assert text_of(corpus.train, corpus.enc) == first.encode() and text_of(corpus.val, corpus.enc) == last.encode()
+
+
+def test_special_tokens_spelled_in_a_text_stay_text(tmp_path):
+    corpus = prepare(write_folder(tmp_path / "texts", {f"{i}.txt": f"{i}<|endoftext|>\n" for i in range(40)}), tmp_path)
+    for tokens in (corpus.train, corpus.val):
+        texts = corpus.enc.decode_bytes(tokens.tolist()).count(b"<|endoftext|>") / 2
+        assert (np.asarray(tokens) == corpus.enc.eot_token).sum() == texts > 0
+
+
+def test_few_files_give_the_tail_of_the_joined_text(tmp_path):
+    names = [n for n in map("{}.txt".format, range(30)) if not data.is_validation(n)][:3]
+    folder = write_folder(tmp_path / "few", {n: f"{n}\n" * 100 for n in names})
+    corpus = prepare(folder, tmp_path)
+    joined = b"".join((tmp_path / "few" / n).read_bytes() for n in sorted(names))
+    val = text_of(corpus.val, corpus.enc)
+    assert text_of(corpus.train, corpus.enc) + val == joined and 0.05 < len(val) / len(joined) < 0.15
+    assert "the last tenth of the text" in corpus.description
+
+
+def test_missing_empty_and_unreadable_data(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path, {"binary/a": b"\0\1", "zero": "", "one": "x"})
+    for path, reason in (("nowhere", "no such file"), ("empty", "no text"), ("binary", "1 binary"), ("zero", "1 empty"),
+                         ("one", "no text")):
+        with pytest.raises(UserError, match=reason):
+            prepare(tmp_path / path, tmp_path)
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(data.Path, "open", refuse)
+    with pytest.raises(UserError, match="one: Permission denied.*readable"):
+        prepare(tmp_path / "one", tmp_path)
+
+
+def test_fingerprint_sees_content_and_names(folder, tmp_path):
+    first = data.user_source(folder).fingerprint()
+    assert first == data.user_source(folder).fingerprint()
+    path = tmp_path / "texts/part0/0.txt"
+    os.rename(path, path.with_name("00.txt"))  # still the first of the folder
+    second = data.user_source(folder).fingerprint()
+    path.with_name("00.txt").write_text("other")
+    assert len({first, second, data.user_source(folder).fingerprint()}) == 3
+
+
+# ---- token files
+
+def test_tokens_are_written_once_and_reused(folder, tmp_path, monkeypatch):
+    first = prepare(folder, tmp_path)
+    monkeypatch.setattr(data, "write_tokens", None)  # must not be called
+    again = prepare(folder, tmp_path)
+    assert isinstance(again.train, np.memmap) and again.train.dtype == np.uint16
+    assert np.array_equal(first.train, again.train) and first.description == again.description
+    assert len(os.listdir(tmp_path / "cache")) == 2
+
+
+def test_changed_text_ranks_or_version_do_not_meet_old_files(folder, tmp_path, monkeypatch):
+    old = prepare(folder, tmp_path)
+    swapped = {bytes([b]): b ^ 1 for b in range(256)}
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "get_tokenizer", lambda name: data.make_encoding(name, "(?s:.{1,64})", swapped))
+        assert text_of(prepare(folder, tmp_path).val, data.get_tokenizer("bytes")) == text_of(old.val, old.enc)
+    (tmp_path / "texts/part0/0.txt").write_text("changed")
+    assert b"changed" in text_of(prepare(folder, tmp_path).train, old.enc)
+    monkeypatch.setattr(data, "VERSION", 2)
+    prepare(folder, tmp_path)
+    assert len(os.listdir(tmp_path / "cache")) == 8
+
+
+def test_header(tmp_path):
+    path = token_file(tmp_path / "t.bin", [1, 2, 256])
+    raw = path.read_bytes()
+    assert raw.startswith(b"HYDRATOK{") and len(raw) == 1024 + 3 * 2 and raw[1024:] == b"\1\0\2\0\0\1"
+    meta = data.json.loads(raw[8:1024])
+    assert len(meta.pop("tokenizer_hash")) == 64
+    assert meta == {"version": data.VERSION, "dtype": "uint16", "tokenizer": "bytes", "vocab_size": 257, "tokens": 3,
+                    "source": "source"}
+    wide = data.make_encoding("wide", "(?s:.)", {i.to_bytes(3, "big"): i for i in range(70_000)})
+    data.write_tokens(tmp_path / "wide.bin", iter([[69_999, 1]]), wide, "")
+    assert data.load_tokens(tmp_path / "wide.bin").tolist() == [69_999, 1]
+
+
+def test_a_crash_while_writing_leaves_nothing(folder, tmp_path, monkeypatch):
+    def crash():
+        yield [1, 2, 3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.write_tokens(tmp_path / "t.bin", crash(), data.get_tokenizer("bytes"), "")
+    assert not list(tmp_path.glob("t.bin*"))
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left.*--cache_dir"):
+        prepare(folder, tmp_path)
+    assert os.listdir(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (lambda raw: raw[:-1], "truncated"),
+    (lambda raw: raw + b"\0\0", "damaged"),
+    (lambda raw: raw[:500], "within its header"),
+    (lambda raw: b"", "empty file"),
+    (lambda raw: b"PK" + raw[2:], "not a token file"),
+    (lambda raw: raw.replace(b'"version": 1', b'"version": 9'), "version 9"),
+    (lambda raw: raw.replace(b"uint16", b"int-16"), "damaged header"),
+    (lambda raw: raw[:20] + b"\xff" + raw[21:], "damaged header"),
+    (lambda raw: raw.replace(b'"tokens": 3', b'"tokens": 1')[:1026], "too short"),
+])
+def test_bad_token_files(damage, reason, tmp_path):
+    path = token_file(tmp_path / "t.bin", [1, 2, 3])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"t.bin: .*{reason}.*delete it"):
+        data.load_tokens(path)
+
+
+def test_missing_token_file_and_tokens_beyond_the_vocabulary(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        data.load_tokens(tmp_path / "none.bin")
+    path = token_file(tmp_path / "t.bin", [1, 2, 200])
+    assert data.load_tokens(path, 201).tolist() == data.load_tokens(path, 50257).tolist() == [1, 2, 200]
+    with pytest.raises(UserError, match="token id 200 is beyond vocab_size 200; set --vocab_size=201"):
+        data.load_tokens(path, 200)
+
+
+# ---- batches
+
+def test_batches_are_a_pure_function_of_seed_step_and_rank(tmp_path):
+    tokens = data.load_tokens(token_file(tmp_path / "t.bin", [i % 251 for i in range(5000)]))
+    x, y = data.get_batch(tokens, 4, 16, 1337, 7)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    again = data.get_batch(tokens, 4, 16, 1337, 7, 0)
+    assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+    assert torch.equal((x + 1) % 251, y)  # the tokens count upwards
+    for other in ((1338, 7, 0), (1337, 8, 0), (1337, 7, 1)):
+        assert not torch.equal(x, data.get_batch(tokens, 4, 16, *other)[0])
+
+
+def test_batches_reach_the_first_and_the_last_token():
+    tokens = np.arange(10, dtype=np.uint16)
+    x, y = data.get_batch(tokens, 200, 8, 0, 0)
+    assert set(x[:, 0].tolist()) == {0, 1} and y.max() == 9
+    assert data.get_batch(tokens, 2, 9, 0, 0)[1].tolist() == [list(range(1, 10))] * 2
+    with pytest.raises(UserError, match="needs 11 tokens.*--block_size.*--data"):
+        data.get_batch(tokens, 2, 10, 0, 0)
+
+
+@pytest.mark.parametrize("count", [2, 16, 17, 18, 33, 100, 129])
+def test_evaluation_meets_every_target_once(count):
+    tokens = np.arange(count, dtype=np.uint16) + 1
+    batches = list(data.eval_batches(tokens, 3, 8))
+    targets = torch.cat([y.flatten() for _, y in batches])
+    assert targets[targets != -1].tolist() == tokens[1:].tolist()
+    for x, y in batches:
+        assert x.shape == y.shape and x.shape[1] == 8 and 1 <= len(x) <= 3
+        assert torch.equal(x[y != -1], y[y != -1] - 1) and not x[y == -1].any()
+    assert all(len(x) == 3 for x, _ in batches[:-1])
+
+
+def test_limited_evaluation_is_spread_evenly_and_repeats():
+    tokens = np.arange(801, dtype=np.uint16)  # 100 windows
+    first = [x[:, 0].tolist() for x, _ in data.eval_batches(tokens, 2, 8, max_batches=5)]
+    assert first == [[0, 80], [160, 240], [320, 400], [480, 560], [640, 720]]
+    assert first == [x[:, 0].tolist() for x, _ in data.eval_batches(tokens, 2, 8, max_batches=5)]
+    everything = sum(len(x) for x, _ in data.eval_batches(tokens, 2, 8, max_batches=1000))
+    assert everything == 100
+    with pytest.raises(UserError, match="too few"):
+        next(data.eval_batches(tokens[:1], 2, 8))

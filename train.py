@@ -1,0 +1,417 @@
+"""Train HYDRA on text: `python train.py [config/x.toml ...] [--key=value ...]`. No argument: the default run.
+
+- One flat story: configuration, device, data, model, resume, compile, loop (save, evaluate, sample, step).
+- AdamW (fused), linear warmup and cosine, clipping by the global norm, gradient accumulation, bf16 autocast.
+- OUT_DIR gets config.toml, log.jsonl (a header, then one JSON object a line), last.pt and best.pt, each whole or absent.
+- Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU.
+- A step whose loss or gradient is not finite is skipped, counted and named; ten in a row end the run.
+Left out: float16 and its loss scaling, several processes, other optimisers.
+"""
+
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from configurator import UserError, build, cli, parse, to_toml
+from data import decode, eval_batches, get_batch, prepare, token_bytes
+from model import IGNORE, Hydra, HydraConfig, count_params, flops_per_token
+
+MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    out_dir: str = "out"  # folder of the run: checkpoints, log, configuration
+    resume: bool = False  # go on from OUT_DIR/last.pt with its configuration
+    data: str = ""  # a text file or folder to train on; empty: the Python standard library on this machine
+    tokenizer: str = "python4096"  # python4096, bytes, or an encoding of tiktoken such as gpt2 (downloaded once)
+    cache_dir: str = "cache"  # folder of the token files
+    batch_size: int = 4  # sequences in one forward
+    gradient_accumulation_steps: int = 1  # forwards and backwards in one step
+    max_iters: int = 1000  # steps of the run
+    learning_rate: float = 3e-3  # peak learning rate
+    warmup_iters: int = 100  # steps of linear warmup
+    min_lr_ratio: float = 0.1  # the cosine ends at this part of learning_rate
+    weight_decay: float = 0.1  # on matrices and embeddings
+    beta1: float = 0.9  # AdamW, decay of the gradient's mean
+    beta2: float = 0.95  # AdamW, decay of the gradient's square
+    grad_clip: float = 1.0  # largest norm of the gradient, 0 = no clipping
+    eval_interval: int = 250  # steps between evaluations, which also save
+    eval_iters: int = 20  # batches of one evaluation, evenly spread, 0 = all; the last one always takes all
+    log_interval: int = 10  # steps between log lines
+    sample_tokens: int = 80  # tokens of the sample at each evaluation, 0 = none
+    sample_prompt: str = "def "  # text that the samples go on from
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast over fp32 weights)
+    compile: str = "auto"  # torch.compile of the blocks: auto, on or off
+    seed: int = 1337  # of the weights, the batches and the samples
+
+    def __post_init__(self):
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
+            self._need(getattr(self, name) >= 1, name, "it must be at least 1")
+        for name in ("max_iters", "warmup_iters", "min_lr_ratio", "weight_decay", "grad_clip", "eval_iters",
+                     "sample_tokens", "seed", "learning_rate"):  # fmt: skip
+            self._need(getattr(self, name) >= 0, name, "it must not be negative")
+        for name in ("beta1", "beta2"):
+            self._need(0 <= getattr(self, name) < 1, name, "it must be at least 0 and below 1")
+        self._need(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "use auto, float32 or bfloat16")
+        self._need(self.compile in ("auto", "on", "off"), "compile", "use auto, on or off")
+        self._need(len(self.out_dir) > 0, "out_dir", "name a folder")
+
+    def _need(self, holds: bool, name: str, remedy: str) -> None:
+        if not holds:
+            raise UserError(f"{name}={getattr(self, name)!r}: {remedy}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what this machine is and does best
+
+
+def pick_device(asked: str) -> torch.device:
+    cuda = torch.cuda.is_available()
+    name = ("cuda" if cuda else "cpu") if asked == "auto" else asked
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise UserError(f"device={asked!r}: use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= (torch.cuda.device_count() if cuda else 0):
+        raise UserError(f"device={asked!r}: torch {torch.__version__} sees no such GPU: use device=auto or cpu")
+    return torch.device(name)
+
+
+def pick_dtype(asked: str, device: torch.device, dim: int) -> tuple[torch.dtype, str]:
+    """(dtype, reason). A CPU without bf16 instructions emulates them, and narrow models do not earn the casts back."""
+    if asked != "auto":
+        return getattr(torch, asked), "asked for"
+    if device.type == "cuda":
+        able, what = torch.cuda.is_bf16_supported(), "this GPU"
+    else:
+        able = any(torch.cpu.get_capabilities().get(k, False) for k in ("amx_bf16", "avx512_bf16"))
+        what = "this CPU"
+    if not able:
+        return torch.float32, f"{what} has no bf16 instructions"
+    if device.type == "cpu" and dim < 256:
+        return torch.float32, "a model this narrow does not earn the casts back on a CPU"
+    return torch.bfloat16, f"{what} has bf16 instructions"
+
+
+def pick_compile(asked: str, device: torch.device, max_iters: int) -> tuple[bool, str]:
+    """(whether to compile the blocks, reason). On a CPU it gains a few percent a step and costs 15-30 s once."""
+    if asked != "auto":
+        return asked == "on", "asked for"
+    if device.type == "cuda":
+        return True, "fuses the attention and the pointwise work on a GPU"
+    return max_iters >= 5000, "on a CPU it pays only in runs of 5000 steps and more"
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product here and now, best of seven: the peak that MFU is a part of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(7):
+        sync(device)
+        start = time.perf_counter()
+        a @ a
+        sync(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of a run
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then rename: `path` is the old file or the whole new one, never a part of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name with none of the bytes
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path} ({error}): free some space or choose another out_dir") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """A checkpoint as a dict of plain values and tensors; UserError if it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is no checkpoint of this project ({type(error).__name__}): restore or delete it") from error
+
+
+def set_aside(out: Path) -> str:
+    """Move an earlier run's files into a numbered folder of OUT_DIR, so that a new run overwrites nothing."""
+    old = [out / name for name in ("last.pt", "best.pt", "log.jsonl", "config.toml") if (out / name).exists()]
+    if not any(path.suffix == ".pt" for path in old):
+        return ""
+    folder = next(f for n in range(1, 10**6) if not (f := out / f"run-{n}").exists())
+    folder.mkdir()
+    for path in old:
+        path.rename(folder / path.name)
+    return f"{out} held a run: its files are in {folder} now (--resume would have continued it)"
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop the records of steps that a resumed run will write again."""
+    if not path.exists():
+        return
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [r for r in records if r.get("step", 0) <= step and not ("val_bpb" in r and r["step"] == step)]
+    write_atomically(path, lambda temporary: temporary.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+
+
+def git_hash() -> str:
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pieces of the loop
+
+
+def learning_rate_at(step: int, c: TrainConfig) -> float:
+    """Linear warmup over warmup_iters, then a cosine that reaches min_lr_ratio * learning_rate at max_iters."""
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / c.warmup_iters
+    done = (step - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters)
+    return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+@torch.no_grad()
+def evaluate(model: Hydra, tokens: np.ndarray, bytes_V: torch.Tensor, batch_size: int, batches: int,
+             device: torch.device) -> tuple[float, float]:  # fmt: skip
+    """(mean nats per token, bits per byte) over `batches` batches of `tokens`, 0 = over all of it."""
+    model.eval()
+    nats, count, size = 0.0, 0, 0
+    for x, y in eval_batches(tokens, batch_size, model.config.block_size, batches):
+        seen = y[y != IGNORE]
+        _, loss = model(x.to(device), y.to(device))
+        nats, count, size = nats + loss.item() * len(seen), count + len(seen), size + int(bytes_V[seen].sum())
+    model.train()
+    return nats / count, nats / math.log(2) / max(1, size)
+
+
+def sample_text(model: Hydra, enc, prompt: str, tokens: int, seed: int, device: torch.device) -> str:
+    """`prompt` and its continuation. Eager: with a compiled block every new length would compile again."""
+    ids = torch.tensor([enc.encode_ordinary(prompt) or [enc.eot_token]], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        new = [int(t) for t in model.generate(ids, tokens, temperature=0.8, top_p=0.95, generator=generator)]
+    model.train()
+    return prompt + decode(enc, new)
+
+
+def worst_gradient(model: nn.Module) -> str:
+    """Name of the first parameter whose gradient is not finite."""
+    bad = (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+    return next(bad, "the norm itself")
+
+
+def main(argv: list[str]) -> int:
+    # ---- configuration: defaults < the checkpoint's (--resume) < files and options
+    given = parse(argv, HydraConfig, TrainConfig, doc=__doc__)
+    (probe,) = build({k: given[k] for k in ("out_dir", "resume") if k in given}, TrainConfig)
+    out, checkpoint = Path(probe.out_dir), None
+    if probe.resume:
+        checkpoint = load_checkpoint(out / "last.pt")
+        for name, value in checkpoint["model_config"].items():
+            if name != "attn_backend" and given.get(name, value) != value:
+                raise UserError(f"{name}={given[name]!r}: the run in {out} has {value!r}, which --resume cannot change: "
+                                f"leave it out, or start another run with --out_dir=PATH")  # fmt: skip
+    stored = {**checkpoint["model_config"], **checkpoint["train_config"]} if checkpoint else {}
+    config, c = build(given, HydraConfig, TrainConfig, base=stored | {"resume": False, "out_dir": probe.out_dir})
+
+    # ---- device, precision
+    device = pick_device(c.device)
+    dtype, dtype_reason = pick_dtype(c.dtype, device, config.dim)
+    compiled, compile_reason = pick_compile(c.compile, device, c.max_iters)
+    torch.manual_seed(c.seed)
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+
+    # ---- data
+    corpus = prepare(c.data, c.tokenizer, c.cache_dir)
+    bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
+    if checkpoint and checkpoint["fingerprint"] != corpus.fingerprint:
+        raise UserError(f"data={c.data!r}: the text has changed since the run in {out} began (fingerprint "
+                        f"{corpus.fingerprint[:12]}, not {checkpoint['fingerprint'][:12]}): restore it, or start "
+                        f"another run with --out_dir=PATH")  # fmt: skip
+    get_batch(corpus.train, 1, config.block_size, 0, 0)  # too short a text is refused before anything is written
+
+    # ---- model, optimiser, resume
+    model = Hydra(config).to(device)
+    backends = model.backend(compiled, grad=True)
+    optimizer = torch.optim.AdamW(model.optimizer_groups(c.weight_decay), lr=c.learning_rate,
+                                  betas=(c.beta1, c.beta2), fused=True)  # fmt: skip
+    # what a checkpoint carries besides the weights: everything that the next step depends on
+    state = {"step": 0, "best": math.inf, "skipped": 0, "streak": 0, "clipped": 0}
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        state = {name: checkpoint[name] for name in state}
+    aside = "" if checkpoint or not out.exists() else set_aside(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir={c.out_dir!r}: {error.strerror}: choose a folder that can be written") from error
+
+    # ---- say what was chosen and why
+    toml = to_toml(config, c)
+    peak = matmul_peak(device, dtype)
+    peak_text = f"{peak / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
+    lines = [toml, aside, corpus.description, f"corpus fingerprint {corpus.fingerprint[:12]}",
+             f"{count_params(config):,} parameters, layers {config.layers}, vocabulary {config.vocab_size} "
+             f"(the tokenizer's: {corpus.enc.n_vocab})",
+             f"device {device}, dtype {dtype} ({dtype_reason}), matrix-multiply peak measured now: {peak_text}",
+             f"compile {'on, block by block' if compiled else 'off'} ({compile_reason})",
+             *(f"attention {letter}: {backend} ({reason})" for letter, (backend, reason) in backends.items())]  # fmt: skip
+    print("\n".join(line for line in lines if line), flush=True)
+    write_atomically(out / "config.toml", lambda temporary: temporary.write_text(toml, encoding="utf-8"))
+    if checkpoint:
+        truncate_log(out / "log.jsonl", state["step"])
+    log = open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 a line at a time, until the end
+
+    def record(entry: dict) -> None:
+        log.write(json.dumps(entry) + "\n")
+
+    record({"resumed_at" if checkpoint else "started": state["step"], "config": asdict(config) | asdict(c),
+            "git": git_hash(), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+            "device": str(device), "dtype": str(dtype), "compiled": compiled, "parameters": count_params(config),
+            "matmul_peak": peak, "fingerprint": corpus.fingerprint})  # fmt: skip
+
+    def save(name: str, with_optimizer: bool) -> None:
+        content = {"model": model.state_dict(), "model_config": asdict(config), "train_config": asdict(c),
+                   "fingerprint": corpus.fingerprint, **state}  # fmt: skip
+        if with_optimizer:
+            content["optimizer"] = optimizer.state_dict()
+        write_atomically(out / name, lambda temporary: torch.save(content, temporary))
+
+    if compiled:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    # ---- the loop: save, evaluate, sample, step
+    stop = []
+
+    def ask_to_stop(signum, frame) -> None:
+        signal.signal(signum, signal.default_int_handler)  # a second one does not wait for the step to end
+        stop.append(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, ask_to_stop)
+    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * config.block_size
+    flops_per_step = 3 * flops_per_token(config, config.block_size) * tokens_per_step
+    first_step, began, spent, timed = state["step"], time.perf_counter(), 0.0, 0
+    while True:
+        step = state["step"]
+        final = step >= c.max_iters
+        if step % c.eval_interval == 0 or final or stop:
+            if step > first_step and state["streak"] == 0:
+                if not all(p.isfinite().all() for p in model.parameters()):
+                    print(f"error: the weights are not finite after step {step}; the last checkpoint in {out} is kept: "
+                          "lower --learning_rate", flush=True)  # fmt: skip
+                    return 1
+                save("last.pt", with_optimizer=True)
+        if stop:
+            print(f"stopped at step {step}, saved in {out}: go on with --resume --out_dir={c.out_dir}", flush=True)
+            return 130
+        if step % c.eval_interval == 0 or final:
+            with autocast:
+                val_loss, val_bpb = evaluate(model, corpus.val, bytes_V, c.batch_size, c.eval_iters, device)
+                text = sample_text(model, corpus.enc, c.sample_prompt, c.sample_tokens, c.seed + step, device)
+            best = val_loss < state["best"]
+            record({"step": step, "val_loss": val_loss, "val_bpb": val_bpb, "best": best})
+            print(f"step {step:5d} | validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte{' (best)' * best}")
+            if best:
+                state["best"] = val_loss
+                if step > 0:
+                    save("best.pt", with_optimizer=False)
+            if c.sample_tokens:
+                print("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30, flush=True)
+        if final:
+            break
+
+        # -- one step
+        sync(device)
+        start = time.perf_counter()
+        lr, losses = learning_rate_at(step, c), []
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for micro in range(c.gradient_accumulation_steps):
+            x, y = get_batch(corpus.train, c.batch_size, config.block_size, c.seed,
+                             step * c.gradient_accumulation_steps + micro)  # fmt: skip
+            with autocast:
+                _, loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+            (loss / c.gradient_accumulation_steps).backward()
+            losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        loss, norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()  # the step's one sync point
+        state["step"] = step + 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            state["streak"] = 0
+            state["clipped"] += bool(c.grad_clip and norm > c.grad_clip)
+        else:
+            what = "loss" if not math.isfinite(loss) else f"gradient of {worst_gradient(model)}"
+            state["skipped"], state["streak"] = state["skipped"] + 1, state["streak"] + 1
+            record({"step": step + 1, "skipped": what})
+            print(f"step {step + 1:5d} | {what} is not finite: update skipped ({state['skipped']} so far)", flush=True)
+        optimizer.zero_grad(set_to_none=True)
+        sync(device)
+        spent, timed = spent + time.perf_counter() - start, timed + 1
+        if state["streak"] >= MAX_BAD:
+            kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
+            print(f"error: {MAX_BAD} steps in a row were not finite, the last one in its {what}; {kept}: "
+                  "lower --learning_rate", flush=True)  # fmt: skip
+            return 1
+        if (step + 1) % c.log_interval == 0 or step == first_step:
+            seconds = spent / timed
+            mfu, clipped = flops_per_step / seconds / peak, state["clipped"] / c.log_interval
+            eta = (c.max_iters - step - 1) * (time.perf_counter() - began) / (step + 1 - first_step)
+            record({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "clipped": clipped,
+                    "ms": seconds * 1e3, "tokens_per_s": tokens_per_step / seconds, "mfu": mfu,
+                    "skipped": state["skipped"]})  # fmt: skip
+            print(f"step {step + 1:5d} | {(step + 1) / c.max_iters:4.0%} | loss {loss:.4f} | lr {lr:.2e} | "
+                  f"norm {norm:.2f} | clipped {clipped:4.0%} | {seconds * 1e3:.0f} ms | "
+                  f"{tokens_per_step / seconds:,.0f} tokens/s | MFU {mfu:.0%} | "
+                  f"ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)  # fmt: skip
+            spent, timed = 0.0, 0
+            if (step + 1) % c.log_interval == 0:
+                state["clipped"] = 0
+
+    # ---- the whole validation split, once
+    with autocast:
+        val_loss, val_bpb = evaluate(model, corpus.val, bytes_V, c.batch_size, 0, device)
+    record({"step": c.max_iters, "val_loss": val_loss, "val_bpb": val_bpb, "whole_split": True})
+    print(f"whole validation split: {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte; "
+          f"{time.perf_counter() - began:.0f} s of training and evaluation; sample it with: "
+          f"python sample.py --out_dir={c.out_dir} --prompt='import '")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
