@@ -124,7 +124,9 @@ def choose_backend(asked: str, device: str, width: int, compiled: bool, grad: bo
     return ("sdpa", problem) if problem else ("flex", "compiled on CUDA")
 
 
-def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, ctx: Context, window: int = 0, asked: str = "auto") -> Tensor:
+def attend(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, ctx: Context, window: int = 0, asked: str = "auto"
+) -> Tensor:
     """Causal grouped-query attention -> [B, T, H*K]; token t sees tokens max(0, t-window+1) .. t of its row.
 
     Which backend, where `asked` is "auto":
@@ -246,7 +248,8 @@ class CCQA(nn.Module):
         if u.is_cuda:  # one batched matrix product over the concatenated taps instead of an external convolution
             seen = torch.stack([padded[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
             return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
-        return F.conv1d(padded.transpose(1, 2), grouped, groups=u.size(-1) // K).transpose(1, 2)
+        y = F.conv1d(padded.transpose(1, 2), grouped, groups=u.size(-1) // K)
+        return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
 
 
 class MLA(nn.Module):

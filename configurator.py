@@ -36,6 +36,12 @@ class UserError(ValueError):
     """Bad input by the user. Its text is one line: the value, the reason, the remedy."""
 
 
+def need(config: object, name: str, holds: bool, remedy: str) -> None:
+    """A check in a dataclass's __post_init__: UserError, with the value and the remedy, unless `holds`."""
+    if not holds:
+        raise UserError(f"{name}={getattr(config, name)!r}: {remedy}")
+
+
 def key_types(types: tuple[type, ...]) -> dict[str, type]:
     """Every key of the dataclasses with its type. A key may be in two of them if both give it the same type."""
     kinds: dict[str, type] = {}

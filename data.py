@@ -27,7 +27,7 @@ import sysconfig
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
 DOWNLOAD_LIMIT = 300.0  # seconds; tiktoken sets no limit of its own
 MAGIC, VERSION, HEADER = b"HYDRATOK", 1, 1024  # raise VERSION with any change of header, split or choice of files
-CHUNK = 1 << 18  # bytes read and encoded at once: twice as much still fits the stack of every tiktoken pattern
+CHUNK = 1 << 18  # bytes or characters at once: twice as much still fits the stack of every tiktoken pattern
 NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or stripped
 
@@ -127,6 +127,19 @@ def token_bytes(enc: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
     for token, rank in enc._mergeable_ranks.items():
         lengths[rank] = len(token)
     return lengths
+
+
+def token_text(enc: tiktoken.Encoding, token: int) -> bytes:
+    """The bytes of one id; none where a vocabulary larger than the tokenizer's has ids without a text."""
+    try:
+        return enc.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
+def decode(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
+    """The text of ids, with a replacement sign for a character that is cut."""
+    return b"".join(token_text(enc, token) for token in tokens).decode("utf-8", errors="replace")
 
 
 # ---- source texts
@@ -380,8 +393,8 @@ def eval_batches(tokens: np.ndarray, batch_size: int, block_size: int,
                  max_batches: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """x and y of windows side by side that meet each target once; or max_batches of them, evenly spread.
 
-    The last batch may hold fewer windows. Where the text ends within a window, x is padded with 0 and y with -1, which
-    the loss ignores.
+    Every batch is int64 [batch_size, block_size], one shape for a compiled model: where the text ends within a window
+    or the windows within a batch, x is padded with 0 and y with -1, which the loss ignores.
     """
     if len(tokens) < 2:
         raise UserError(f"{len(tokens)} validation tokens are too few to evaluate on: give more text with --data")
@@ -389,7 +402,7 @@ def eval_batches(tokens: np.ndarray, batch_size: int, block_size: int,
     chosen = min(windows, max_batches * batch_size) if max_batches else windows
     firsts = np.arange(chosen) * windows // chosen * block_size
     for batch in np.split(firsts, range(batch_size, chosen, batch_size)):
-        x, y = torch.zeros(len(batch), block_size, dtype=torch.int64), torch.full((len(batch), block_size), -1)
+        x, y = torch.zeros(batch_size, block_size, dtype=torch.int64), torch.full((batch_size, block_size), -1)
         for row, first in enumerate(batch):
             window = torch.from_numpy(tokens[first:first + block_size + 1].astype(np.int64))
             x[row, :len(window) - 1], y[row, :len(window) - 1] = window[:-1], window[1:]

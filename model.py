@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import CCQA, Context, RMSNorm, choose_backend, make_attention, make_context
-from configurator import UserError
+from configurator import UserError, need
 
 ALPHA = {"A": 1.0, "G": 1.0, "M": 1.0, "C": 0.5, "L": 0.5}  # scale of the attention's residual line
 # A loss makes at most this many logits at a time, and returns them only if that is all of them (128 MiB in fp32).
@@ -47,34 +47,34 @@ class HydraConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "dim", "n_head", "n_kv_head", "n_layer", "compression"):
-            self._need(getattr(self, name) >= 1, name, "it must be at least 1")
+            need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("conv_kernel", "window"):
-            self._need(getattr(self, name) >= 0, name, "it must be 0 (off) or positive")
+            need(self, name, getattr(self, name) >= 0, "it must be 0 (off) or positive")
         for name in ("mlp_ratio", "rope_theta", "norm_eps"):
-            self._need(getattr(self, name) > 0, name, "it must be positive")
-        self._need(len(self.pattern) > 0, "pattern", "name at least one layer, such as MMCCCLML")
+            need(self, name, getattr(self, name) > 0, "it must be positive")
+        need(self, "pattern", len(self.pattern) > 0, "name at least one layer, such as MMCCCLML")
         for letter in self.pattern:
-            self._need(letter in ALPHA, "pattern", f"unknown letter {letter!r}: use {', '.join(ALPHA)}")
-        self._need(self.attn_backend in ("auto", "flex", "sdpa"), "attn_backend", "use auto, flex or sdpa")
-        self._need(0 <= self.qk_gain <= 0.5, "qk_gain", "choose a value from 0 to 0.5")
-        D, H, G, letters = self.dim, self.n_head, self.n_kv_head, set(self.layers)
+            need(self, "pattern", letter in ALPHA, f"unknown letter {letter!r}: use {', '.join(ALPHA)}")
+        need(self, "attn_backend", self.attn_backend in ("auto", "flex", "sdpa"), "use auto, flex or sdpa")
+        need(self, "qk_gain", 0 <= self.qk_gain <= 0.5, "choose a value from 0 to 0.5")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        """Heads must divide their widths, and rotated widths must be even; only the letters in use are asked."""
+        D, H, letters = self.dim, self.n_head, set(self.layers)
         if letters & set("CG"):
-            self._need(H % G == 0, "n_kv_head", f"it must divide n_head={H}")
+            need(self, "n_kv_head", H % self.n_kv_head == 0, f"it must divide n_head={H}")
         if letters & set("AGM"):
-            self._need(D % (2 * H) == 0, "dim", f"heads need an even width: use a multiple of 2*n_head={2 * H}")
+            need(self, "dim", D % (2 * H) == 0, f"heads need an even width: use a multiple of 2*n_head={2 * H}")
         if "C" in letters:
             unit = 2 * H * self.compression
-            self._need(D % unit == 0, "dim", f"CCQA's heads need an even width: use a multiple of {unit}"
-                       f" (2*n_head*compression), or another compression")  # fmt: skip
+            remedy = f"CCQA's heads need an even width: use a multiple of 2*n_head*compression={unit}"
+            need(self, "dim", D % unit == 0, f"{remedy}, or another compression")
         if "L" in letters:
             R = D * self.latent_ratio
-            self._need(0 < self.latent_ratio <= 1, "latent_ratio", "choose a value above 0 and at most 1")
-            self._need(R % (4 * H) == 0, "latent_ratio", f"MLA's latent, dim*latent_ratio={R:g}, must be a multiple of"
-                       f" 4*n_head={4 * H}: change dim, n_head or latent_ratio")  # fmt: skip
-
-    def _need(self, holds: bool, name: str, remedy: str) -> None:
-        if not holds:
-            raise UserError(f"{name}={getattr(self, name)!r}: {remedy}")
+            need(self, "latent_ratio", 0 < self.latent_ratio <= 1, "choose a value above 0 and at most 1")
+            remedy = f"MLA's latent, dim*latent_ratio={R:g}, must be a multiple of 4*n_head={4 * H}"
+            need(self, "latent_ratio", R % (4 * H) == 0, f"{remedy}: change dim, n_head or latent_ratio")
 
     @property
     def layers(self) -> str:
@@ -164,7 +164,7 @@ class Hydra(nn.Module):
     def init_weights(self) -> None:
         """Every parameter once, by its module's role. Residual projections are smaller, so that the trunk's variance
         does not grow with the depth (GPT-2); CCQA's depthwise taps start as the identity and its grouped ones at
-        1/sqrt(fan in): with 0.02 for both the variant loses all it gains (see the docs of the init in the README)."""
+        1/sqrt(fan in): with 0.02 for both, CCQA loses most of what it gains."""
         std, done = 0.02, []
         residual = {m for block in self.blocks for m in (block.attn.out, block.mlp.down)}
         for module in self.modules():
@@ -240,7 +240,7 @@ class Hydra(nn.Module):
             yield token_B
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
-        """Decay on matrices and embeddings, none on gains, temperatures and the depthwise filters, which are vectors."""
+        """Decay on matrices and embeddings, none on gains, temperatures and depthwise filters, which are vectors."""
         vectors = [p for n, p in self.named_parameters() if p.dim() < 2 or n.endswith(".conv_depthwise")]
         chosen = set(map(id, vectors))
         matrices = [p for p in self.parameters() if id(p) not in chosen]

@@ -5,13 +5,12 @@ sampling; a seed makes it repeatable. The past is recomputed for every token.
 """
 
 import codecs
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from configurator import UserError, build, cli, parse
+from configurator import build, cli, need, parse
 from data import get_tokenizer, token_text
 from model import Hydra, HydraConfig
 from train import load_checkpoint, pick_device, pick_dtype
@@ -31,17 +30,11 @@ class SampleConfig:
     dtype: str = "auto"  # auto, float32 or bfloat16
 
     def __post_init__(self):
-        for name, holds, remedy in (
-            ("checkpoint", self.checkpoint in ("best", "last"), "use best or last"),
-            ("max_new_tokens", self.max_new_tokens >= 0, "it must not be negative"),
-            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "it must be 0 or more"),
-            ("top_k", self.top_k >= 0, "it must be 0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "choose a value above 0 and at most 1"),
-            ("seed", self.seed >= 0, "it must not be negative"),
-            ("dtype", self.dtype in ("auto", "float32", "bfloat16"), "use auto, float32 or bfloat16"),
-        ):
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name)!r}: {remedy}")
+        need(self, "checkpoint", self.checkpoint in ("best", "last"), "use best or last")
+        need(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "use auto, float32 or bfloat16")
+        need(self, "top_p", 0 < self.top_p <= 1, "choose a value above 0 and at most 1")
+        for name in ("max_new_tokens", "temperature", "top_k", "seed"):
+            need(self, name, getattr(self, name) >= 0, "it must not be negative")
 
 
 def main(argv: list[str]) -> int:

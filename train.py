@@ -2,7 +2,7 @@
 
 - One flat story: configuration, device, data, model, resume, compile, loop (save, evaluate, sample, step).
 - AdamW (fused), linear warmup and cosine, clipping by the global norm, gradient accumulation, bf16 autocast.
-- OUT_DIR gets config.toml, log.jsonl (a header, then one JSON object a line), last.pt and best.pt, each whole or absent.
+- OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
 - Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU.
 - A step whose loss or gradient is not finite is skipped, counted and named; ten in a row end the run.
 Left out: float16 and its loss scaling, several processes, other optimisers.
@@ -11,18 +11,19 @@ Left out: float16 and its loss scaling, several processes, other optimisers.
 import json
 import math
 import os
+import pickle
 import platform
 import signal
 import subprocess
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from configurator import UserError, build, cli, parse, to_toml
+from configurator import UserError, build, cli, need, parse, to_toml
 from data import decode, eval_batches, get_batch, prepare, token_bytes
 from model import IGNORE, Hydra, HydraConfig, count_params, flops_per_token
 
@@ -58,19 +59,15 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
-            self._need(getattr(self, name) >= 1, name, "it must be at least 1")
+            need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("max_iters", "warmup_iters", "min_lr_ratio", "weight_decay", "grad_clip", "eval_iters",
                      "sample_tokens", "seed", "learning_rate"):  # fmt: skip
-            self._need(getattr(self, name) >= 0, name, "it must not be negative")
+            need(self, name, getattr(self, name) >= 0, "it must not be negative")
         for name in ("beta1", "beta2"):
-            self._need(0 <= getattr(self, name) < 1, name, "it must be at least 0 and below 1")
-        self._need(self.dtype in ("auto", "float32", "bfloat16"), "dtype", "use auto, float32 or bfloat16")
-        self._need(self.compile in ("auto", "on", "off"), "compile", "use auto, on or off")
-        self._need(len(self.out_dir) > 0, "out_dir", "name a folder")
-
-    def _need(self, holds: bool, name: str, remedy: str) -> None:
-        if not holds:
-            raise UserError(f"{name}={getattr(self, name)!r}: {remedy}")
+            need(self, name, 0 <= getattr(self, name) < 1, "it must be at least 0 and below 1")
+        need(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "use auto, float32 or bfloat16")
+        need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
+        need(self, "out_dir", len(self.out_dir) > 0, "name a folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,8 +152,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is no checkpoint of this project ({type(error).__name__}): restore or delete it") from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = f"it is damaged or foreign ({type(error).__name__})"
+        raise UserError(f"{path} is no checkpoint of this project, {reason}: restore or delete it") from error
 
 
 def set_aside(out: Path) -> str:
@@ -240,8 +238,8 @@ def main(argv: list[str]) -> int:
         checkpoint = load_checkpoint(out / "last.pt")
         for name, value in checkpoint["model_config"].items():
             if name != "attn_backend" and given.get(name, value) != value:
-                raise UserError(f"{name}={given[name]!r}: the run in {out} has {value!r}, which --resume cannot change: "
-                                f"leave it out, or start another run with --out_dir=PATH")  # fmt: skip
+                raise UserError(f"{name}={given[name]!r}: the run in {out} has {value!r}, which --resume cannot "
+                                f"change: leave it out, or start another run with --out_dir=PATH")  # fmt: skip
     stored = {**checkpoint["model_config"], **checkpoint["train_config"]} if checkpoint else {}
     config, c = build(given, HydraConfig, TrainConfig, base=stored | {"resume": False, "out_dir": probe.out_dir})
 
@@ -287,7 +285,7 @@ def main(argv: list[str]) -> int:
              f"(the tokenizer's: {corpus.enc.n_vocab})",
              f"device {device}, dtype {dtype} ({dtype_reason}), matrix-multiply peak measured now: {peak_text}",
              f"compile {'on, block by block' if compiled else 'off'} ({compile_reason})",
-             *(f"attention {letter}: {backend} ({reason})" for letter, (backend, reason) in backends.items())]  # fmt: skip
+             *(f"attention {letter}: {backend} ({why})" for letter, (backend, why) in backends.items())]  # fmt: skip
     print("\n".join(line for line in lines if line), flush=True)
     write_atomically(out / "config.toml", lambda temporary: temporary.write_text(toml, encoding="utf-8"))
     if checkpoint:
@@ -368,10 +366,12 @@ def main(argv: list[str]) -> int:
                 _, loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
             (loss / c.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        loss, norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()  # the step's one sync point
+        norm_tensor = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        loss, norm = torch.stack([torch.stack(losses).mean(), norm_tensor]).tolist()  # the step's one sync point
         state["step"] = step + 1
         if math.isfinite(loss) and math.isfinite(norm):
+            if c.grad_clip:
+                nn.utils.clip_grads_with_norm_(model.parameters(), c.grad_clip, norm_tensor)
             optimizer.step()
             state["streak"] = 0
             state["clipped"] += bool(c.grad_clip and norm > c.grad_clip)

@@ -2,13 +2,24 @@
 against each other, and the FlexAttention road, which is traced (not run) as CUDA would compile it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.attention import flex_attention as flex_module
 
 import attention
-from attention import CCQA, GQA, MLA, attend, causal_block_mask, choose_backend, make_attention, make_context, sdpa_window
+from attention import (
+    CCQA,
+    GQA,
+    MLA,
+    attend,
+    causal_block_mask,
+    choose_backend,
+    make_attention,
+    make_context,
+    sdpa_window,
+)
 from configurator import UserError
 from model import Hydra, HydraConfig
 
@@ -59,7 +70,8 @@ def reference_gqa(layer, x, window):
             for h in range(H):
                 g = h * G // H
                 keys = [rotate(Wk[g] @ x[b, s], s) for s in range(first, t + 1)]
-                heads.append(softmax_read(rotate(Wq[h] @ x[b, t], t), keys, [Wv[g] @ x[b, s] for s in range(first, t + 1)]))
+                values = [Wv[g] @ x[b, s] for s in range(first, t + 1)]
+                heads.append(softmax_read(rotate(Wq[h] @ x[b, t], t), keys, values))
             out[b, t] = layer.out.weight @ rms(torch.cat(heads), layer.norm.weight)
     return out
 
@@ -178,7 +190,21 @@ def test_windowed_sdpa_equals_a_masked_reference(T, window, dtype):
     i, j = torch.arange(T)[:, None], torch.arange(T)
     scores = (q.float() @ k.float().transpose(-1, -2) / 4).masked_fill(~((j <= i) & (j > i - window)), -math.inf)
     tol = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(sdpa_window(q, k, v, window, True).float(), scores.softmax(-1) @ v.float(), rtol=tol, atol=tol)
+    expected = scores.softmax(-1) @ v.float()
+    torch.testing.assert_close(sdpa_window(q, k, v, window, True).float(), expected, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("letter", "AGMCL")
+def test_every_variant_runs_on_the_fused_kernel(letter, dtype, grad):
+    """SDPA falls back to its slow math silently, for unequal widths or heads that are not dense: here it raises."""
+    layer, x, ctx, _ = build(letter)
+    fused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16), fused:
+        y = layer.float()(x.float().requires_grad_(grad), ctx)
+        if grad:
+            y.sum().backward()
 
 
 def dense(mask, T):
@@ -196,7 +222,8 @@ def dense(mask, T):
     return seen[:T, :T]
 
 
-@pytest.mark.parametrize("T, window", [(128, 0), (200, 0), (513, 0), (640, 1), (640, 128), (640, 129), (640, 300), (1000, 127), (100, 30)])
+@pytest.mark.parametrize("T, window", [(128, 0), (200, 0), (513, 0), (640, 1), (640, 128), (640, 129), (640, 300),
+                                       (1000, 127), (100, 30)])  # fmt: skip
 def test_the_block_mask_lists_exactly_the_visible_tiles(T, window):
     mask = causal_block_mask(T, window, torch.device("cpu"))
     i, j = torch.arange(T)[:, None], torch.arange(T)
@@ -233,8 +260,6 @@ def test_the_flex_road_is_one_graph_with_gradients_equal_to_sdpa(letter, window,
     torch.manual_seed(0)
     reference = Hydra(config)
     torch._dynamo.reset()
-    from dataclasses import replace
-
     flex = Hydra(replace(config, attn_backend="flex"))
     flex.load_state_dict(reference.state_dict())
     idx, targets = torch.randint(0, 61, (2, 24)), torch.randint(0, 61, (2, 24))
@@ -312,4 +337,5 @@ def test_scale_is_one_over_sqrt_k():
     scores = torch.einsum("bthk,bshk->bhts", q, k) / 4
     scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf).softmax(-1)
     expected = torch.einsum("bhts,bshk->bthk", scores, v).flatten(2)
-    torch.testing.assert_close(attend(q, k, v, make_context(torch.arange(6), {16}, 1e4)), expected, rtol=1e-5, atol=1e-5)
+    ctx = make_context(torch.arange(6), {16}, 1e4)
+    torch.testing.assert_close(attend(q, k, v, ctx), expected, rtol=1e-5, atol=1e-5)
