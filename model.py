@@ -30,11 +30,11 @@ class HydraConfig:
     vocab_size: int = 4096  # size of the vocabulary, at least the tokenizer's
     block_size: int = 256  # T, the longest text that the model is trained on, in tokens
     dim: int = 256  # D, model width
-    n_head: int = 8  # H, query heads of every layer
+    n_head: int = 4  # H, query heads of every layer
     n_kv_head: int = 2  # G, key/value heads of CCQA and GQA layers
     n_layer: int = 8  # depth; the pattern is tiled over it
     pattern: str = "MMCCCLML"  # attention of each layer: A MHA, G GQA, M MQA, C CCQA, L MLA
-    mlp_ratio: float = 3.0  # SwiGLU's hidden width over D, rounded up to a multiple of 256
+    mlp_ratio: float = 2.0  # SwiGLU's hidden width over D, rounded up to a multiple of 256
     compression: int = 4  # C, CCQA's latent is D/C wide
     conv_kernel: int = 3  # taps of each of CCQA's two causal convolutions, 0 = no convolution
     qk_gain: float = 0.25  # gain of CCQA's QK-mean coupling, 0 to 0.5, 0 = no coupling

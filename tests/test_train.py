@@ -158,7 +158,7 @@ def test_the_log_has_what_the_line_says(tmp_path, capsys):
         assert all(math.isfinite(r[key]) for r in steps), key
     assert all(0 <= r["clipped"] <= 1 for r in steps)
     evaluations = [r for r in log if "val_bpb" in r]
-    assert [r["step"] for r in evaluations] == [0, 2, 4, 4] and evaluations[-1]["whole_split"]
+    assert [r["step"] for r in evaluations] == [0, 2, 4, 4] and evaluations[-1]["final"]
     for words in ("step     4 | 100% | loss", "| norm", "| clipped", "tokens/s | MFU", "ETA 0:00", "bits/byte",
                   "sample at step 2", "compile off", "attention C: sdpa", "dim = 32"):  # fmt: skip
         assert words in printed, words
@@ -264,6 +264,11 @@ def test_precision_device_and_compilation_say_why(monkeypatch):
     assert train.pick_dtype("bfloat16", cpu, 64) == (torch.bfloat16, "asked for")
     assert train.pick_compile("auto", cuda, 10)[0] and not train.pick_compile("auto", cpu, 1000)[0]
     assert train.pick_compile("on", cpu, 1)[0] and not train.pick_compile("off", cuda, 1)[0]
+    monkeypatch.setattr(train.shutil, "which", lambda name: "/bin/g++")
+    assert train.pick_compile("auto", cpu, 10**5)[0]
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    compiled, reason = train.pick_compile("auto", cpu, 10**5)
+    assert not compiled and "no g++" in reason
     for name in ("tpu", "cpu:1", "cuda:x", "cuda:99", "cuda99"):
         with pytest.raises(UserError, match=f"device='{name}'"):
             train.pick_device(name)
