@@ -24,10 +24,9 @@ import os
 import platform
 import re
 import sysconfig
-import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +45,6 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 # the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
-DOWNLOAD_LIMIT = 300.0  # seconds; tiktoken sets no limit of its own
 MAGIC, VERSION, HEADER = b"HYDRATOK", 1, 1024  # raise VERSION with any change of header, split or choice of files
 CHUNK = 1 << 18  # bytes or characters at once: twice as much still fits the stack of every tiktoken pattern
 NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -71,26 +69,6 @@ def make_encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
-def within(seconds: float, call: Callable[[], tiktoken.Encoding]) -> tiktoken.Encoding:
-    """`call()`, or TimeoutError. The thread is a daemon: a connection that hangs does not keep the process alive."""
-    done: list[tiktoken.Encoding | OSError | ValueError] = []
-
-    def work() -> None:
-        try:
-            done.append(call())
-        except (OSError, ValueError) as error:
-            done.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    if isinstance(done[0], Exception):
-        raise done[0]
-    return done[0]
-
-
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """"python4096", "bytes" or a named encoding of tiktoken. Raises UserError: unknown name, failed download."""
     if name == "python4096":
@@ -102,7 +80,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
         raise UserError(f"unknown tokenizer {name!r}: did you mean {', '.join(near)}?")
     try:  # requests' errors are OSErrors; a download with a wrong hash is a ValueError
-        enc = within(DOWNLOAD_LIMIT, lambda: tiktoken.get_encoding(name))
+        enc = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name!r} is not here and its download failed ({type(error).__name__}): go online "
                         "once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=python4096 "
