@@ -309,7 +309,7 @@ def test_state_bytes_of_the_architecture_page():
 @pytest.mark.parametrize("changes, words", [
     ({"dim": 63}, "dim=63: .* multiple of"), ({"dim": 0}, "dim=0: it must be at least 1"),
     ({"n_kv_head": 3}, "n_kv_head=3: it must divide n_head=4"), ({"pattern": "MXC"}, "unknown letter 'X'"),
-    ({"pattern": ""}, "at least one layer"), ({"compression": 3}, "dim=64: .*multiple of 24"),
+    ({"pattern": ""}, "at least one layer"), ({"compression": 3}, "dim=64: .*compression=24"),
     ({"qk_gain": 0.7}, "qk_gain=0.7: choose a value from 0 to 0.5"), ({"latent_ratio": 0.3}, "latent_ratio=0.3"),
     ({"attn_backend": "fa3"}, "attn_backend='fa3': use auto, flex or sdpa"), ({"window": -1}, "window=-1"),
     ({"mlp_ratio": 0.0}, "mlp_ratio=0.0"), ({"vocab_size": 0}, "vocab_size=0"), ({"conv_kernel": -2}, "conv_kernel=-2"),
