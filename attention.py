@@ -9,6 +9,8 @@
 
 Every variant is causal by construction (no argument switches that off), takes the tokens' true positions through
 `Context`, and ends with an RMSNorm over the merged heads before its output projection ("pre-out norm").
+Every variant decodes from a state of its own, preallocated tensors that are written in place: keys and values (a ring
+where MQA has a window), for CCQA the compressed ones and a constant tail, for MLA the latent and the shared rope key.
 Left out: biases, dropout, non-causal and cross attention, q/k widths that differ from the v width.
 
 Letters in shapes (a suffix names its tensor's axes, `q_BTHK`):
@@ -16,6 +18,7 @@ Letters in shapes (a suffix names its tensor's axes, `q_BTHK`):
     T tokens       H query heads            L latent width of CCQA, D / compression
     N H + G        G key/value heads        R latent width of MLA, D * latent_ratio
     W window       kappa G * K, the width of all keys
+    S slots of a decoding state
 """
 
 from typing import NamedTuple
@@ -53,6 +56,11 @@ class Context(NamedTuple):
     pos: Tensor  # int64 [T], or [B, T] where rows hold different tokens: the true positions
     rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> cos, sin, fp32 [T, width/2] or [B, T, width/2]
     masks: dict[int, BlockMask]  # window -> mask; empty where FlexAttention is not used
+    # only with a decoding state, whose rows may hold texts of different lengths:
+    decode: bool = False  # one new token a row, at pos [B, 1]; else a prefill, texts padded on the right
+    lengths: Tensor | None = None  # prefill: int64 [B], tokens of each row
+    visible: int | None = None  # decode: no row has more tokens than this, the new one included; None = read all slots
+    uniform: bool = False  # decode: every row has `visible` tokens, so that no mask is needed
 
 
 def make_context(pos: Tensor, widths: set[int], theta: float, windows: set[int] = frozenset()) -> Context:
@@ -124,9 +132,13 @@ def choose_backend(asked: str, device: str, width: int, compiled: bool, grad: bo
     return ("sdpa", problem) if problem else ("flex", "compiled on CUDA")
 
 
+State = dict[str, Tensor]  # what one layer keeps of the past, by name
+
+
 def attend(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, ctx: Context, window: int = 0, asked: str = "auto"
-) -> Tensor:
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, ctx: Context, window: int = 0, asked: str = "auto",
+    state: State | None = None,
+) -> Tensor:  # fmt: skip
     """Causal grouped-query attention -> [B, T, H*K]; token t sees tokens max(0, t-window+1) .. t of its row.
 
     Which backend, where `asked` is "auto":
@@ -135,8 +147,15 @@ def attend(
     - scaled_dot_product_attention everywhere else. On a CPU its flash kernel reads strided views and shares the
       key/value heads (enable_gqa) without repeating them; FlexAttention cannot train there at all, and uncompiled
       it is 14-50x slower, so "auto" never picks that. A window is cut into query chunks (`sdpa_window`).
+
+    With a `state` the new keys and values are stored in it; a decode step then reads the stored ones (`read`).
     """
     T, H, K = q_BTHK.shape[1:]
+    if state is not None:
+        store(state["k"], k_BTGK, ctx)
+        store(state["v"], v_BTGK, ctx)
+        if ctx.decode:
+            return read(q_BTHK, state["k"], state["v"], ctx).flatten(2)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
     grad = torch.is_grad_enabled() and q.requires_grad
     gqa = k.size(1) != H
@@ -149,6 +168,33 @@ def attend(
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     return y.transpose(1, 2).flatten(2)
+
+
+def store(slots_BSGK: Tensor, new_BTGK: Tensor, ctx: Context) -> None:
+    """Put a decode step's token, or a prefill's, at the slot of its position. A window's slots are a ring: position p
+    lies at p modulo S, and a prefill leaves the last S tokens of every row there."""
+    S, T = slots_BSGK.size(1), new_BTGK.size(1)
+    row_B1 = torch.arange(len(new_BTGK), device=new_BTGK.device)[:, None]
+    if ctx.decode:
+        slots_BSGK[row_B1, ctx.pos % S] = new_BTGK.to(slots_BSGK.dtype)
+    elif T <= S:
+        slots_BSGK[:, :T] = new_BTGK
+    else:  # slot s gets the row's last position that is s modulo S
+        last_B1, slot_S = ctx.lengths[:, None] - 1, torch.arange(S, device=new_BTGK.device)
+        slots_BSGK.copy_(new_BTGK[row_B1, (last_B1 - (last_B1 - slot_S) % S).clamp(min=0)])
+
+
+def read(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, ctx: Context, scale: float | None = None) -> Tensor:
+    """One query a row over its stored keys and values -> [B, 1, H, K]. `ctx.visible` cuts the slots to a view, which
+    a CPU reads faster than a mask; without it all slots are read under a mask: one shape, one graph."""
+    S = k_BSGK.size(1)
+    n = S if ctx.visible is None else min(ctx.visible, S)
+    mask = None
+    if not ctx.uniform:  # a ring is full once the row is as long as it, and holds positions 0.. before
+        mask = (torch.arange(n, device=q_BTHK.device) <= ctx.pos)[:, None, None]
+    q_BGhK = q_BTHK.squeeze(1).unflatten(1, (k_BSGK.size(2), -1))  # the heads of a group are its queries: one product
+    k_BGSK, v_BGSK = (t[:, :n].transpose(1, 2) for t in (k_BSGK, v_BSGK))
+    return F.scaled_dot_product_attention(q_BGhK, k_BGSK, v_BGSK, attn_mask=mask, scale=scale).flatten(1, 2).unsqueeze(1)
 
 
 def sdpa_window(q: Tensor, k: Tensor, v: Tensor, window: int, gqa: bool) -> Tensor:
@@ -172,6 +218,9 @@ def sdpa_window(q: Tensor, k: Tensor, v: Tensor, window: int, gqa: bool) -> Tens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the variants; `c` is the model's HydraConfig
+#
+# forward(x_BTD, ctx, state=None): without a state the whole text; with one (`new_state`) a prefill of an empty state,
+# or a decode step where ctx.decode says so.
 
 
 class GQA(nn.Module):
@@ -185,12 +234,17 @@ class GQA(nn.Module):
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.out = nn.Linear(c.dim, c.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+    def new_state(self, B: int, S: int, like: Tensor) -> State:
+        """For texts of up to S tokens; with a window its last tokens are enough."""
+        shape = (B, min(S, self.window or S), self.n_kv_head, self.head_width)
+        return {name: like.new_zeros(shape) for name in ("k", "v")}
+
+    def forward(self, x_BTD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         H, G = self.n_head, self.n_kv_head
         qk_BTNK, v_BTGK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width)).split((H + G, G), dim=2)
         q_BTHK, k_BTGK = apply_rope(qk_BTNK, ctx.rope[self.rope_width]).split((H, G), dim=2)
-        return self.out(self.norm(attend(q_BTHK, k_BTGK, v_BTGK, ctx, self.window, self.asked)))
+        return self.out(self.norm(attend(q_BTHK, k_BTGK, v_BTGK, ctx, self.window, self.asked, state)))
 
 
 class CCQA(nn.Module):
@@ -205,6 +259,7 @@ class CCQA(nn.Module):
         self.head_width = self.rope_width = K = self.latent // c.n_head
         self.kappa = c.n_kv_head * K
         self.conv_kernel, self.qk_gain, self.value_shift, self.eps = c.conv_kernel, c.qk_gain, c.value_shift, c.norm_eps
+        self.reach = 2 * max(0, c.conv_kernel - 1)  # tokens that the convolutions see behind the present one
         channels = self.latent + self.kappa
         self.down = nn.Linear(c.dim, channels + self.kappa, bias=False)  # q, k and both halves of v at once
         if c.conv_kernel:
@@ -214,21 +269,30 @@ class CCQA(nn.Module):
         self.norm = RMSNorm(self.latent, c.norm_eps)
         self.out = nn.Linear(self.latent, c.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+    def new_state(self, B: int, S: int, like: Tensor) -> State:
+        """Compressed keys and values for up to S tokens, and the constant tail that convolutions and shift look at."""
+        state = {name: like.new_zeros(B, S, self.n_kv_head, self.head_width) for name in ("k", "v")}
+        state["qk_tail"] = like.new_zeros(B, self.reach, self.latent + self.kappa)
+        if self.value_shift:
+            state["v_tail"] = like.new_zeros(B, 1, self.kappa // 2)
+        return state
+
+    def forward(self, x_BTD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         H, G = self.n_head, self.n_kv_head
         qk, v = self.down(x_BTD).split((self.latent + self.kappa, self.kappa), dim=-1)
         if self.value_shift:  # half of the values are the previous token's, zero before the first
             now, before = v.chunk(2, dim=-1)
-            v = torch.cat((now, F.pad(before, (0, 0, 1, 0))[:, :-1]), dim=-1)
-        mixed_BTNK = (self.convolve(qk) if self.conv_kernel else qk).unflatten(-1, (H + G, -1))
+            v = torch.cat((now, with_past(before, 1, "v_tail", ctx, state)[:, :-1]), dim=-1)
+        mixed = self.convolve(with_past(qk, self.reach, "qk_tail", ctx, state)) if self.conv_kernel else qk
+        mixed_BTNK = mixed.unflatten(-1, (H + G, -1))
         if self.qk_gain:
             mixed_BTNK = mixed_BTNK + self.couple(qk.unflatten(-1, (H + G, -1)))
         # post-mix norm: without a gain this is the paper's L2 norm times sqrt(K), so a logit is at most sqrt(K) * temp
         mixed_BTNK = F.rms_norm(mixed_BTNK, (self.head_width,), eps=self.eps)
         q_BTHK, k_BTGK = apply_rope(mixed_BTNK, ctx.rope[self.rope_width]).split((H, G), dim=2)
         k_BTGK = k_BTGK * self.k_temperature.to(k_BTGK.dtype)[:, None]
-        y = attend(q_BTHK, k_BTGK, v.unflatten(-1, (G, -1)), ctx, asked=self.asked)
+        y = attend(q_BTHK, k_BTGK, v.unflatten(-1, (G, -1)), ctx, asked=self.asked, state=state)
         return self.out(self.norm(y))
 
     def couple(self, qk_BTNK: Tensor) -> Tensor:
@@ -238,18 +302,33 @@ class CCQA(nn.Module):
         return torch.cat((m_BTGhK.flatten(2, 3), m_BTGhK.mean(3)), dim=2)
 
     def convolve(self, u: Tensor) -> Tensor:
-        """Causal depthwise, then causal per-head convolution over time, [B, T, H*K + G*K] -> the same; together they
-        see 2*(conv_kernel-1) previous tokens. Causal = padded with zeros on the left only."""
-        T, taps, K = u.size(1), self.conv_kernel, self.head_width
+        """Depthwise, then per-head convolution over time, [B, reach + T, H*K + G*K] -> [B, T, the same]: the first
+        `reach` = 2*(conv_kernel-1) rows are the past (zeros before the first token), so both are causal."""
+        taps, K = self.conv_kernel, self.head_width
         depthwise, grouped = self.conv_depthwise.to(u.dtype), self.conv_grouped.to(u.dtype)
-        padded = F.pad(u, (0, 0, taps - 1, 0))
-        u = sum(padded[:, i : i + T] * depthwise[:, i] for i in range(taps))
-        padded = F.pad(u, (0, 0, taps - 1, 0))
+        T = u.size(1) - taps + 1
+        u = sum(u[:, i : i + T] * depthwise[:, i] for i in range(taps))
         if u.is_cuda:  # one batched matrix product over the concatenated taps instead of an external convolution
-            seen = torch.stack([padded[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
+            T = T - taps + 1
+            seen = torch.stack([u[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
             return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
-        y = F.conv1d(padded.transpose(1, 2), grouped, groups=u.size(-1) // K)
+        y = F.conv1d(u.transpose(1, 2), grouped, groups=u.size(-1) // K)
         return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
+
+
+def with_past(x: Tensor, rows: int, name: str, ctx: Context, state: State | None) -> Tensor:
+    """x [B, T, channels] behind the `rows` rows before it, zeros before the first token. A decoding state's tail
+    `name` gives those rows, and keeps each text's last ones."""
+    if state is None or not ctx.decode:
+        x = F.pad(x, (0, 0, rows, 0))
+    else:
+        x = torch.cat((state[name].to(x.dtype), x), dim=1)
+    if state is not None and ctx.decode:
+        state[name].copy_(x[:, 1:])
+    elif state is not None:  # row b's text ends at lengths[b], in front of its padding
+        row_B1 = torch.arange(len(x), device=x.device)[:, None]
+        state[name].copy_(x[row_B1, ctx.lengths[:, None] + torch.arange(rows, device=x.device)])
+    return x
 
 
 class MLA(nn.Module):
@@ -269,16 +348,38 @@ class MLA(nn.Module):
         self.norm = RMSNorm(R, c.norm_eps)
         self.out = nn.Linear(R, c.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+    def new_state(self, B: int, S: int, like: Tensor) -> State:
+        """For up to S tokens the normed latent and the shared rope key, side by side: R + K/2 values a token."""
+        return {"latent": like.new_zeros(B, S, 1, self.latent + self.rope_width)}
+
+    def forward(self, x_BTD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         H, R, table = self.n_head, self.latent, ctx.rope[self.rope_width]
         latent = self.latent_norm(self.down(x_BTD))
+        if ctx.decode:
+            return self.out(self.norm(self.absorbed(latent, ctx, state)))
         q, k_nope, k_rope, v = self.up(latent).split((R, R // 2, self.rope_width, R), dim=-1)
         q_nope, q_rope = q.unflatten(-1, (H, -1)).chunk(2, dim=-1)
-        k_rope = apply_rope(k_rope.unsqueeze(2), table).expand(-1, -1, H, -1)
+        k_rope = apply_rope(k_rope.unsqueeze(2), table)
+        if state is not None:
+            store(state["latent"], torch.cat((latent.unsqueeze(2), k_rope), dim=-1), ctx)
         q_BTHK = torch.cat((q_nope, apply_rope(q_rope, table)), dim=-1)
-        k_BTHK = torch.cat((k_nope.unflatten(-1, (H, -1)), k_rope), dim=-1)
+        k_BTHK = torch.cat((k_nope.unflatten(-1, (H, -1)), k_rope.expand(-1, -1, H, -1)), dim=-1)
         return self.out(self.norm(attend(q_BTHK, k_BTHK, v.unflatten(-1, (H, -1)), ctx, asked=self.asked)))
+
+    def absorbed(self, latent: Tensor, ctx: Context, state: State) -> Tensor:
+        """A decode step -> [B, 1, R]. W_uk goes into the query and W_uv behind the read, so that the attention runs
+        over the latents themselves (one key/value head, R + K/2 wide) and the past is never expanded."""
+        H, R, table = self.n_head, self.latent, ctx.rope[self.rope_width]
+        W_q, W_uk, W_kr, W_uv = self.up.weight.to(latent.dtype).split((R, R // 2, self.rope_width, R))
+        q_nope, q_rope = F.linear(latent, W_q).unflatten(-1, (H, -1)).chunk(2, dim=-1)
+        k_rope = apply_rope(F.linear(latent, W_kr).unsqueeze(2), table)
+        store(state["latent"], torch.cat((latent.unsqueeze(2), k_rope), dim=-1), ctx)
+        q_latent = torch.einsum("bthk,hkr->bthr", q_nope, W_uk.unflatten(0, (H, -1)))
+        q = torch.cat((q_latent, apply_rope(q_rope, table)), dim=-1)
+        past = state["latent"]  # also the values: equal widths keep the fused kernel, the rope part is cut off
+        y = read(q, past, past, ctx, scale=self.head_width**-0.5)[..., :R]
+        return torch.einsum("bthr,hkr->bthk", y, W_uv.unflatten(0, (H, -1))).flatten(2)
 
 
 def make_attention(letter: str, c) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import CCQA, Context, RMSNorm, choose_backend, make_attention, make_context
+from attention import CCQA, Context, RMSNorm, State, choose_backend, make_attention, make_context
 from configurator import UserError, need
 
 ALPHA = {"A": 1.0, "G": 1.0, "M": 1.0, "C": 0.5, "L": 0.5}  # scale of the attention's residual line
@@ -110,8 +110,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        x_BTD = x_BTD + self.alpha * self.attn(self.attn_norm(x_BTD), ctx)
+    def forward(self, x_BTD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        x_BTD = x_BTD + self.alpha * self.attn(self.attn_norm(x_BTD), ctx, state)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -149,6 +149,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
 
 
+@dataclass
+class Decoding:
+    """What generation keeps between two tokens, see `Hydra.new_state`."""
+
+    layers: list[State]
+    pos_B: Tensor  # int64 [B], tokens of each row so far: the position of its next one
+    visible: int | None  # the longest row's, known without asking the device; None = unknown, all slots are read
+    uniform: bool = False  # all rows have `visible` tokens
+
+
 class Hydra(nn.Module):
     """The model: `logits, loss = model(idx, targets)`."""
 
@@ -158,6 +168,8 @@ class Hydra(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(letter, config) for letter in config.layers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.rope_widths = {block.attn.rope_width for block in self.blocks}
+        self.endless = config.window > 0 and set(config.layers) == {"M"}  # no layer keeps more than its window
         self.init_weights()
 
     @torch.no_grad()
@@ -193,10 +205,9 @@ class Hydra(nn.Module):
 
     def context(self, pos: Tensor) -> Context:
         """Rotation tables at positions `pos` [T] or [B, T] and, where FlexAttention may run, its block masks."""
-        widths = {block.attn.rope_width for block in self.blocks}
         flex = self.config.attn_backend != "sdpa" and (pos.is_cuda or self.config.attn_backend == "flex")
         windows = {getattr(block.attn, "window", 0) for block in self.blocks} if flex else set()
-        return make_context(pos, widths, self.config.rope_theta, windows)
+        return make_context(pos, self.rope_widths, self.config.rope_theta, windows)
 
     def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Token ids [B, T] -> (logits, loss). Without targets: the last position's logits [B, 1, V], and None. With
@@ -205,14 +216,17 @@ class Hydra(nn.Module):
         B, T = idx_BT.shape
         if T > self.config.block_size:
             raise UserError(f"{T} tokens do not fit: crop the text to block_size={self.config.block_size}")
-        ctx = self.context(torch.arange(T, device=idx_BT.device))
-        x_BTD = self.embed(idx_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, ctx)
-        x_BTD = self.norm(x_BTD)
+        x_BTD = self.trunk(idx_BT, self.context(torch.arange(T, device=idx_BT.device)))
         if targets_BT is None:
-            return F.linear(x_BTD[:, -1:], self.embed.weight), None
-        return self.loss(x_BTD, targets_BT)
+            return F.linear(self.norm(x_BTD[:, -1:]), self.embed.weight), None
+        return self.loss(self.norm(x_BTD), targets_BT)
+
+    def trunk(self, idx_BT: Tensor, ctx: Context, states: list[State] | None = None) -> Tensor:
+        """Token ids [B, T] -> [B, T, D], before the final norm."""
+        x_BTD = self.embed(idx_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, ctx, states[i] if states else None)
+        return x_BTD
 
     def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight, targets = x_BTD.flatten(0, 1), self.embed.weight, targets_BT.flatten()
@@ -226,18 +240,73 @@ class Hydra(nn.Module):
         loss = ChunkedCrossEntropy.apply(x, weight, targets, rows, dtype)
         return None, loss / (targets != IGNORE).sum()
 
+    # ---- decoding
+
+    def new_state(self, B: int, S: int) -> "Decoding":
+        """An empty state for B texts of up to S tokens each, in the dtype that the model computes in."""
+        weight = self.embed.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        like = weight.new_empty((), dtype=dtype)
+        layers = [block.attn.new_state(B, S, like) for block in self.blocks]
+        return Decoding(layers, torch.zeros(B, dtype=torch.int64, device=weight.device), 0)
+
+    def prefill(self, idx_BT: Tensor, lengths_B: Tensor, state: "Decoding") -> Tensor:
+        """Token ids [B, T], row b's first lengths_B[b] >= 1 are its text, into an empty state -> logits [B, V] behind
+        each text. Padding on the right is never seen: the model is causal, and decoding overwrites it."""
+        ctx = self.context(torch.arange(idx_BT.size(1), device=idx_BT.device))._replace(lengths=lengths_B)
+        x_BTD = self.trunk(idx_BT, ctx, state.layers)
+        state.pos_B.copy_(lengths_B)
+        last = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), lengths_B - 1]
+        return F.linear(self.norm(last), self.embed.weight)
+
+    def decode(self, token_B: Tensor, state: "Decoding") -> Tensor:
+        """One more token for every row -> logits [B, V]. No sync and no shape that grows where state.visible is None,
+        so that it compiles to one graph and can be captured; on a CPU the views up to `visible` are faster."""
+        visible = None if state.visible is None else state.visible + 1
+        ctx = make_context(state.pos_B[:, None], self.rope_widths, self.config.rope_theta)
+        ctx = ctx._replace(decode=True, visible=visible, uniform=state.uniform)
+        x_BTD = self.trunk(token_B[:, None], ctx, state.layers)
+        state.pos_B += 1
+        state.visible = visible
+        return F.linear(self.norm(x_BTD[:, -1]), self.embed.weight)
+
     @torch.no_grad()
     def generate(
-        self, idx_BT: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        self, prompts: Tensor | list[Tensor], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, stop: int | None = None, generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """Yields the next token ids [B], max_new_tokens times. The text is cropped to its last block_size tokens and
-        every step recomputes it. temperature 0 takes the likeliest token; see `pick` for the rest."""
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx_BT[:, -self.config.block_size :])
-            token_B = pick(logits[:, -1].float(), temperature, top_k, top_p, generator)
-            idx_BT = torch.cat((idx_BT, token_B[:, None]), dim=1)
+        """Yields the next token ids [B] as they come, at most max_new_tokens times.
+
+        prompts: token ids [B, T], or a list of B tensors [T_b] of different lengths, at least one token each; a row
+        does not depend on the others. temperature, top_k, top_p: see `pick`. stop: a token id that ends its row,
+        which then yields only that id; the generation ends with the last row. Raises UserError where the text would
+        outgrow block_size and not every layer has a window.
+        """
+        rows = list(prompts)
+        lengths = [len(row) for row in rows]
+        if not rows or min(lengths) < 1:
+            raise UserError("prompt='': it has no token: give at least one, such as the tokenizer's end of text")
+        total = max(lengths) + max_new_tokens
+        if total > self.config.block_size and not self.endless:
+            raise UserError(f"max_new_tokens={max_new_tokens}: with a prompt of {max(lengths)} tokens that is more than "
+                            f"block_size={self.config.block_size}: ask for fewer, or shorten the prompt")  # fmt: skip
+        device = self.embed.weight.device
+        state = self.new_state(len(rows), total)
+        idx_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        logits_BV = self.prefill(idx_BT, torch.tensor(lengths, device=device), state)
+        state.visible, state.uniform = max(lengths), len(set(lengths)) == 1
+        ended_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            if step:
+                logits_BV = self.decode(token_B, state)
+            token_B = pick(logits_BV.float(), temperature, top_k, top_p, generator)
+            if stop is not None:
+                token_B = token_B.masked_fill(ended_B, stop)
+                ended_B |= token_B == stop
             yield token_B
+            if stop is not None and ended_B.all():
+                return
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Decay on matrices and embeddings, none on gains, temperatures and depthwise filters, which are vectors."""
