@@ -287,26 +287,25 @@ class Hydra(nn.Module):
         lengths = [len(row) for row in rows]
         if not rows or min(lengths) < 1:
             raise UserError("prompt='': it has no token: give at least one, such as the tokenizer's end of text")
-        total = max(lengths) + max_new_tokens
-        if total > self.config.block_size and not self.endless:
-            raise UserError(f"max_new_tokens={max_new_tokens}: with a prompt of {max(lengths)} tokens that is more than "
-                            f"block_size={self.config.block_size}: ask for fewer, or shorten the prompt")  # fmt: skip
+        total, longest, limit = max(lengths) + max_new_tokens, max(lengths), self.config.block_size
+        if total > limit and not self.endless:
+            raise UserError(f"max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens that is more than "
+                            f"block_size={limit}: ask for fewer, or shorten the prompt")  # fmt: skip
         device = self.embed.weight.device
         state = self.new_state(len(rows), total)
         idx_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         logits_BV = self.prefill(idx_BT, torch.tensor(lengths, device=device), state)
-        state.visible, state.uniform = max(lengths), len(set(lengths)) == 1
+        state.visible, state.uniform = longest, min(lengths) == longest
         ended_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        for step in range(max_new_tokens):
-            if step:
-                logits_BV = self.decode(token_B, state)
+        for left in range(max_new_tokens, 0, -1):
             token_B = pick(logits_BV.float(), temperature, top_k, top_p, generator)
             if stop is not None:
                 token_B = token_B.masked_fill(ended_B, stop)
                 ended_B |= token_B == stop
             yield token_B
-            if stop is not None and ended_B.all():
+            if left == 1 or (stop is not None and ended_B.all()):
                 return
+            logits_BV = self.decode(token_B, state)
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Decay on matrices and embeddings, none on gains, temperatures and depthwise filters, which are vectors."""
