@@ -44,15 +44,15 @@ class TrainConfig:
     cache_dir: str = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
-    max_iters: int = 1000  # steps of the run
+    max_iters: int = 800  # steps of the run
     learning_rate: float = 1.4e-3  # peak learning rate
-    warmup_iters: int = 100  # steps of linear warmup
+    warmup_iters: int = 80  # steps of linear warmup
     min_lr_ratio: float = 0.1  # the cosine ends at this part of learning_rate
     weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9  # AdamW, decay of the gradient's mean
     beta2: float = 0.95  # AdamW, decay of the gradient's square
     grad_clip: float = 1.0  # largest norm of the gradient, 0 = no clipping
-    eval_interval: int = 250  # steps between evaluations, which also save
+    eval_interval: int = 200  # steps between evaluations, which also save
     eval_iters: int = 20  # batches of one evaluation, evenly spread over the validation split, 0 = all
     final_eval_iters: int = 0  # the same for the one at the end, 0 = all: the number to compare
     log_interval: int = 10  # steps between log lines
