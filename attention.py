@@ -21,6 +21,7 @@ Letters in shapes (a suffix names its tensor's axes, `q_BTHK`):
     S slots of a decoding state
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,7 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+@functools.lru_cache(maxsize=32)
 def causal_block_mask(T: int, window: int, device: torch.device) -> BlockMask:
     """The causal BlockMask of T tokens, cut to the last `window` keys (0 = all), written down analytically:
     `create_block_mask` evaluates all T*T pairs, which takes 50-100 ms at T = 4096 where this takes half of one."""
@@ -123,6 +125,8 @@ def choose_backend(asked: str, device: str, width: int, compiled: bool, grad: bo
     if asked == "sdpa":
         return "sdpa", "asked for"
     problem = flex_problem(device, width, compiled, grad)
+    if asked == "flex" and not compiled and not grad:
+        return "sdpa", "generation is not compiled, whatever trains"
     if asked == "flex":
         if problem:
             raise UserError(f"attn_backend=flex cannot work here: {problem}")
@@ -147,6 +151,7 @@ def attend(
     - scaled_dot_product_attention everywhere else. On a CPU its flash kernel reads strided views and shares the
       key/value heads (enable_gqa) without repeating them; FlexAttention cannot train there at all, and uncompiled
       it is 14-50x slower, so "auto" never picks that. A window is cut into query chunks (`sdpa_window`).
+    Raises UserError where FlexAttention was asked for and cannot train.
 
     With a `state` the new keys and values are stored in it; a decode step then reads the stored ones (`read`).
     """
@@ -304,16 +309,26 @@ class CCQA(nn.Module):
     def convolve(self, u: Tensor) -> Tensor:
         """Depthwise, then per-head convolution over time, [B, reach + T, H*K + G*K] -> [B, T, the same]: the first
         `reach` = 2*(conv_kernel-1) rows are the past (zeros before the first token), so both are causal."""
-        taps, K = self.conv_kernel, self.head_width
+        taps = self.conv_kernel
         depthwise, grouped = self.conv_depthwise.to(u.dtype), self.conv_grouped.to(u.dtype)
         T = u.size(1) - taps + 1
         u = sum(u[:, i : i + T] * depthwise[:, i] for i in range(taps))
-        if u.is_cuda:  # one batched matrix product over the concatenated taps instead of an external convolution
-            T = T - taps + 1
-            seen = torch.stack([u[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
-            return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
-        y = F.conv1d(u.transpose(1, 2), grouped, groups=u.size(-1) // K)
-        return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
+        return per_head_einsum(u, grouped) if u.is_cuda else per_head_conv1d(u, grouped)
+
+
+def per_head_conv1d(u: Tensor, grouped: Tensor) -> Tensor:
+    """[B, T + taps - 1, N*K] and filters [N*K, K, taps] -> [B, T, N*K], each head by its own filters."""
+    y = F.conv1d(u.transpose(1, 2), grouped, groups=u.size(-1) // grouped.size(1))
+    return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
+
+
+def per_head_einsum(u: Tensor, grouped: Tensor) -> Tensor:
+    """The same as one batched matrix product over the stacked taps, which a GPU's compiler fuses with its neighbours;
+    a convolution would be an external call."""
+    K, taps = grouped.shape[1:]
+    T = u.size(1) - taps + 1
+    seen = torch.stack([u[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
+    return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
 
 
 def with_past(x: Tensor, rows: int, name: str, ctx: Context, state: State | None) -> Tensor:
@@ -339,7 +354,7 @@ class MLA(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_head, self.asked = c.n_head, c.attn_backend
-        self.latent = R = int(c.dim * c.latent_ratio)
+        self.latent = R = c.latent
         self.head_width = R // c.n_head
         self.rope_width = self.head_width // 2
         self.down = nn.Linear(c.dim, R, bias=False)

@@ -211,8 +211,13 @@ def help_text(types: tuple[type, ...], doc: str) -> str:
 
 def cli(main: Callable[[list[str]], int | None]) -> None:
     """Run `main(sys.argv[1:])` as the program: a UserError is one line and exit code 2, Ctrl-C is exit code 130."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        code = 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

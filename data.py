@@ -66,6 +66,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def make_encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """An encoding whose only special token, <|endoftext|>, comes behind the ranks."""
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
@@ -152,15 +153,17 @@ def is_validation(name: str) -> bool:
     return int(hashlib.sha256(path_bytes(name)).hexdigest()[:8], 16) % 100 < 10
 
 
-def list_files(root: Path, skipped: Counter[str], without: Collection[str] = ()) -> list[str]:
-    """Names of the regular files below `root`, sorted; no hidden ones, none that a link reaches outside of it."""
+def list_files(root: Path, skipped: Counter[str], without: Collection[str | Path] = ()) -> list[str]:
+    """Names of the regular files below `root`, sorted; no hidden ones, none that a link reaches outside of it, none in
+    the folders `without` (names, or absolute paths)."""
     def stop(error: OSError) -> None:
         raise error
 
     names = []
     for folder, folders, files in os.walk(root, onerror=stop):
         skipped["hidden"] += sum(name.startswith(".") for name in folders + files)
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in without
+                      and Path(folder, name) not in without]
         for path in (Path(folder, name) for name in files if not name.startswith(".")):
             if not path.is_file() or path.is_symlink() and not path.resolve().is_relative_to(root):
                 skipped["links and devices"] += 1
@@ -217,12 +220,12 @@ def default_source() -> Source:
     raise UserError(f"no Python sources in {library} nor in torch: give a text file or folder with --data=PATH")
 
 
-def user_source(data: str) -> Source:
+def user_source(data: str, without: Collection[Path] = ()) -> Source:
     """A text file, or every text file below a folder."""
     path, skipped = Path(data).expanduser().resolve(), Counter()
-    if not path.exists():
+    if not path.is_file() and not path.is_dir():
         raise UserError(f"--data={data}: no such file or folder; give the path of a text file or of a folder of them")
-    root, names = (path, list_files(path, skipped)) if path.is_dir() else (path.parent, [path.name])
+    root, names = (path, list_files(path, skipped, without)) if path.is_dir() else (path.parent, [path.name])
     source = scan(re.sub(r"[^\w.-]", "_", path.name)[:40] or "data", str(path), root, names, skipped)
     if sum(file.chars for file in source.files) < 2:  # one for each side
         raise UserError(f"--data={data}: no text in it ({reasons(skipped)}); give UTF-8 text that is not empty")
@@ -288,8 +291,9 @@ def write_tokens(path: Path, ids: Iterator[list[int]], enc: tiktoken.Encoding, s
         temporary.unlink(missing_ok=True)
 
 
-def load_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
-    """The ids of a token file, memory-mapped. Raises UserError: foreign, damaged, too short, an id >= vocab_size."""
+def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | None = None) -> np.memmap:
+    """The ids of a token file, memory-mapped. Raises UserError: foreign (no token file, or not made from the text with
+    the fingerprint `source`), damaged, too short, an id >= vocab_size."""
     def bad(reason: str) -> UserError:
         return UserError(f"{path}: {reason}; delete it, and it will be built again from the text")
 
@@ -312,6 +316,8 @@ def load_tokens(path: str | Path, vocab_size: int | None = None) -> np.memmap:
         raise bad(f"token file of version {version}, this program reads version {VERSION}")
     if size != HEADER + count * dtype.itemsize:
         raise bad(f"truncated or damaged, {size} bytes instead of {HEADER + count * dtype.itemsize}")
+    if source is not None and meta.get("source") != source:
+        raise bad("made from another text")
     if count < 2:
         raise bad(f"too short, {count} tokens")
     tokens = np.memmap(path, dtype, "r", HEADER, (count,))
@@ -330,11 +336,13 @@ class Corpus:
     description: str  # for the log
 
 
-def prepare(data: str, tokenizer: str, cache_dir: str) -> Corpus:
-    """The tokens of `data` ("" = the default corpus, else a file or folder), encoded at first use into `cache_dir`."""
+def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "") -> Corpus:
+    """The tokens of `data` ("" = the default corpus, else a file or folder), encoded at first use into `cache_dir`.
+    What a run writes, `cache_dir` and `out_dir`, is no part of it. Raises UserError: no text, unreadable, no room."""
     enc = get_tokenizer(tokenizer)
     try:
-        source = user_source(data) if data else default_source()
+        written = {Path(folder).expanduser().resolve() for folder in (cache_dir, out_dir) if folder}
+        source = user_source(data, written) if data else default_source()
         fingerprint = source.fingerprint()
         # Other ranks or another format never meet old files: all three are in the name.
         key = hashlib.sha256(f"{fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
@@ -346,7 +354,7 @@ def prepare(data: str, tokenizer: str, cache_dir: str) -> Corpus:
     except OSError as error:
         raise UserError(f"{error.filename or cache_dir}: {error.strerror or error}; the data must be readable (--data) "
                         "and the cache writable, with room (--cache_dir)") from error
-    tokens = [load_tokens(path, enc.n_vocab) for path in paths]
+    tokens = [load_tokens(path, enc.n_vocab, fingerprint) for path in paths]
     size = sum(file.size for file in source.files)
     rule = "a tenth of the files, by path" if tail_cut(source) is None else "the last tenth of the text"
     return Corpus(*tokens, enc, fingerprint, f"{source.title}: {len(source.files)} files, {size:,} bytes, "

@@ -27,6 +27,8 @@ IGNORE = -1  # targets that the loss skips
 
 @dataclass(frozen=True)
 class HydraConfig:
+    """The shape of a model; raises UserError, in one line, where the numbers do not fit together."""
+
     vocab_size: int = 4096  # size of the vocabulary, at least the tokenizer's
     block_size: int = 256  # T, the longest text that the model is trained on, in tokens
     dim: int = 256  # D, model width
@@ -74,7 +76,8 @@ class HydraConfig:
             R = D * self.latent_ratio
             need(self, "latent_ratio", 0 < self.latent_ratio <= 1, "choose a value above 0 and at most 1")
             remedy = f"MLA's latent, dim*latent_ratio={R:g}, must be a multiple of 4*n_head={4 * H}"
-            need(self, "latent_ratio", R % (4 * H) == 0, f"{remedy}: change dim, n_head or latent_ratio")
+            whole = abs(R - self.latent) < 1e-6 and self.latent > 0 and self.latent % (4 * H) == 0
+            need(self, "latent_ratio", whole, f"{remedy}: change dim, n_head or latent_ratio")
 
     @property
     def layers(self) -> str:
@@ -83,7 +86,12 @@ class HydraConfig:
 
     @property
     def mlp_hidden(self) -> int:
-        return -(-int(self.mlp_ratio * self.dim) // 256) * 256
+        return math.ceil(self.mlp_ratio * self.dim / 256) * 256
+
+    @property
+    def latent(self) -> int:
+        """R, the width of MLA's latent."""
+        return round(self.dim * self.latent_ratio)
 
 
 class SwiGLU(nn.Module):
@@ -212,7 +220,7 @@ class Hydra(nn.Module):
     def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Token ids [B, T] -> (logits, loss). Without targets: the last position's logits [B, 1, V], and None. With
         targets [B, T] (-1 = ignored): the mean cross-entropy in nats, fp32, and the logits [B, T, V] where they are
-        at most MAX_LOGITS numbers, None where they are more."""
+        at most MAX_LOGITS numbers, None where they are more. Raises UserError for more than block_size tokens."""
         B, T = idx_BT.shape
         if T > self.config.block_size:
             raise UserError(f"{T} tokens do not fit: crop the text to block_size={self.config.block_size}")
@@ -229,6 +237,8 @@ class Hydra(nn.Module):
         return x_BTD
 
     def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(logits or None, mean cross-entropy in nats) of the trunk's normed output: in one piece where the logits are
+        few, else in chunks, which take the plain loss's time and half its memory (see the README)."""
         x, weight, targets = x_BTD.flatten(0, 1), self.embed.weight, targets_BT.flatten()
         rows = max(1, MAX_LOGITS // weight.size(0))
         if x.size(0) <= rows:
@@ -309,7 +319,8 @@ class Hydra(nn.Module):
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Decay on matrices and embeddings, none on gains, temperatures and depthwise filters, which are vectors."""
-        vectors = [p for n, p in self.named_parameters() if p.dim() < 2 or n.endswith(".conv_depthwise")]
+        filters = {id(m.conv_depthwise) for m in self.modules() if isinstance(m, CCQA) and m.conv_kernel}
+        vectors = [p for p in self.parameters() if p.dim() < 2 or id(p) in filters]
         chosen = set(map(id, vectors))
         matrices = [p for p in self.parameters() if id(p) not in chosen]
         return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -333,7 +344,8 @@ def pick(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, genera
 
 
 def attention_params(c: HydraConfig, letter: str) -> int:
-    D, H, L, R = c.dim, c.n_head, c.dim // c.compression, int(c.dim * c.latent_ratio)
+    """Parameters of one attention, its pre-out norm included, the block's norms not."""
+    D, H, L, R = c.dim, c.n_head, c.dim // c.compression, c.latent
     if letter in "AGM":
         G = {"A": H, "G": c.n_kv_head, "M": 1}[letter]
         return 2 * D * D + 2 * D * G * (D // H) + D
@@ -353,7 +365,7 @@ def count_params(c: HydraConfig) -> int:
 
 def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
     """Forward FLOPs of one attention per token, two a multiply-add, over the causal mean of T/2 keys."""
-    D, H, L, R, W = c.dim, c.n_head, c.dim // c.compression, int(c.dim * c.latent_ratio), c.window
+    D, H, L, R, W = c.dim, c.n_head, c.dim // c.compression, c.latent, c.window
     if letter in "AGM":
         G = {"A": H, "G": c.n_kv_head, "M": 1}[letter]
         keys = W * (1 - W / (2 * T)) if letter == "M" and 0 < W < T else T / 2
@@ -378,8 +390,7 @@ def state_values(c: HydraConfig, letter: str) -> int:
         return 2 * {"A": H, "G": c.n_kv_head, "M": 1}[letter] * (D // H)
     if letter == "C":
         return 2 * c.n_kv_head * (D // c.compression // H)
-    R = int(D * c.latent_ratio)
-    return R + R // H // 2
+    return c.latent + c.latent // H // 2
 
 
 def kv_bytes(c: HydraConfig, T: int, itemsize: int = 2) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import build, cli, need, parse
+from configurator import UserError, build, cli, need, parse
 from data import get_tokenizer, token_text
 from model import Hydra, HydraConfig
 from train import load_checkpoint, pick_device, pick_dtype
@@ -18,6 +18,8 @@ from train import load_checkpoint, pick_device, pick_dtype
 
 @dataclass(frozen=True)
 class SampleConfig:
+    """What to generate from which checkpoint; raises UserError, in one line, for values that cannot be."""
+
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "best"  # which of its checkpoints: best (lowest validation loss) or last
     prompt: str = "import "  # text to go on from
@@ -35,12 +37,17 @@ class SampleConfig:
         need(self, "top_p", 0 < self.top_p <= 1, "choose a value above 0 and at most 1")
         for name in ("max_new_tokens", "temperature", "top_k", "seed"):
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
+        need(self, "temperature", self.temperature == 0 or self.temperature >= 1e-3, "use 0 for the likeliest token")
+        need(self, "seed", self.seed < 2**63, "choose one below 2**63")
 
 
 def main(argv: list[str]) -> int:
     (c,) = build(parse(argv, SampleConfig, doc=__doc__), SampleConfig)
     device = pick_device(c.device)
-    checkpoint = load_checkpoint(Path(c.out_dir) / f"{c.checkpoint}.pt", device)
+    path = Path(c.out_dir) / f"{c.checkpoint}.pt"
+    if not path.exists() and path.with_name("last.pt").exists():
+        raise UserError(f"{path} does not exist, the run was not evaluated yet: use --checkpoint=last")
+    checkpoint = load_checkpoint(path, device)
     # the core that trained may not run here, eager and on another device
     config = replace(HydraConfig(**checkpoint["model_config"]), attn_backend="auto")
     enc = get_tokenizer(checkpoint["train_config"]["tokenizer"])

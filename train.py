@@ -16,6 +16,8 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
+import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ import torch
 from torch import nn
 
 from configurator import UserError, build, cli, need, parse, to_toml
-from data import decode, eval_batches, get_batch, prepare, token_bytes
+from data import decode, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from model import IGNORE, Hydra, HydraConfig, count_params, flops_per_token
 
 MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
@@ -33,6 +35,8 @@ MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """A run: data, schedule, optimiser, outputs; raises UserError, in one line, for values that cannot be."""
+
     out_dir: str = "out"  # folder of the run: checkpoints, log, configuration
     resume: bool = False  # go on from OUT_DIR/last.pt with its configuration
     data: str = ""  # a text file or folder to train on; empty: the Python standard library on this machine
@@ -40,15 +44,15 @@ class TrainConfig:
     cache_dir: str = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
-    max_iters: int = 1000  # steps of the run
+    max_iters: int = 800  # steps of the run
     learning_rate: float = 1.4e-3  # peak learning rate
-    warmup_iters: int = 100  # steps of linear warmup
+    warmup_iters: int = 80  # steps of linear warmup
     min_lr_ratio: float = 0.1  # the cosine ends at this part of learning_rate
     weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9  # AdamW, decay of the gradient's mean
     beta2: float = 0.95  # AdamW, decay of the gradient's square
     grad_clip: float = 1.0  # largest norm of the gradient, 0 = no clipping
-    eval_interval: int = 250  # steps between evaluations, which also save
+    eval_interval: int = 200  # steps between evaluations, which also save
     eval_iters: int = 20  # batches of one evaluation, evenly spread over the validation split, 0 = all
     final_eval_iters: int = 0  # the same for the one at the end, 0 = all: the number to compare
     log_interval: int = 10  # steps between log lines
@@ -70,6 +74,7 @@ class TrainConfig:
         need(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "use auto, float32 or bfloat16")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
         need(self, "out_dir", len(self.out_dir) > 0, "name a folder")
+        need(self, "seed", self.seed < 2**63, "choose one below 2**63")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,6 +82,7 @@ class TrainConfig:
 
 
 def pick_device(asked: str) -> torch.device:
+    """The device for "auto", "cpu", "cuda" or "cuda:N"; UserError where there is no such device."""
     cuda = torch.cuda.is_available()
     name = ("cuda" if cuda else "cpu") if asked == "auto" else asked
     kind, _, index = name.partition(":")
@@ -104,19 +110,25 @@ def pick_dtype(asked: str, device: torch.device, dim: int) -> tuple[torch.dtype,
 
 
 def pick_compile(asked: str, device: torch.device, max_iters: int) -> tuple[bool, str]:
-    """(whether to compile the blocks, reason). On a CPU it gains 5-20% a step, costs 15-40 s once, and calls g++."""
+    """(whether to compile the blocks, reason). On a CPU it gains 5-20% a step, costs 15-40 s once, and calls g++.
+    UserError where "on" was asked for and cannot be."""
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    missing = "" if shutil.which("g++") and headers else "there is no g++ or no Python.h here"
+    if asked == "on" and device.type == "cpu" and missing:
+        raise UserError(f"compile='on': {missing}: install a C++ compiler and Python's headers, or use compile=off")
     if asked != "auto":
         return asked == "on", "asked for"
     if device.type == "cuda":
         return True, "fuses the attention and the pointwise work on a GPU"
     if max_iters < 3000:
         return False, "on a CPU a run of less than 3000 steps does not earn the compilation back"
-    if not shutil.which("g++"):
-        return False, "there is no g++ here: slower than it could be"
+    if missing:
+        return False, f"{missing}: slower than it could be"
     return True, "a long run on a CPU earns the compilation back"
 
 
 def sync(device: torch.device) -> None:
+    """Wait until the device has done all that it was given, so that a clock read next is true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -138,8 +150,12 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 # files of a run
 
 
+CHECKPOINT = ("model", "model_config", "train_config", "fingerprint", "tokenizer", "step", "best")
+
+
 def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then rename: `path` is the old file or the whole new one, never a part of it."""
+    """`write(temporary path)`, then rename: `path` is the old file or the whole new one, never a part of it.
+    UserError where it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
@@ -153,20 +169,28 @@ def write_atomically(path: Path, write) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint as a dict of plain values and tensors; UserError if it is missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
+    """A checkpoint as a dict of plain values and tensors; UserError if it is missing, damaged or foreign."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = f"it is damaged or foreign ({type(error).__name__})"
         raise UserError(f"{path} is no checkpoint of this project, {reason}: restore or delete it") from error
+    if not isinstance(checkpoint, dict) or not set(CHECKPOINT) <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of this project, parts are missing: restore or delete it")
+    for name, cls in (("model_config", HydraConfig), ("train_config", TrainConfig)):
+        if checkpoint[name].keys() != asdict(cls()).keys():
+            raise UserError(f"{path} was made by another version of this project: use that one, or train anew")
+    return checkpoint
 
 
 def set_aside(out: Path) -> str:
     """Move an earlier run's files into a numbered folder of OUT_DIR, so that a new run overwrites nothing."""
     old = [out / name for name in ("last.pt", "best.pt", "log.jsonl", "config.toml") if (out / name).exists()]
-    if not any(path.suffix == ".pt" for path in old):
+    if not old:
         return ""
     folder = next(f for n in range(1, 10**6) if not (f := out / f"run-{n}").exists())
     folder.mkdir()
@@ -175,12 +199,13 @@ def set_aside(out: Path) -> str:
     return f"{out} held a run: its files are in {folder} now (--resume would have continued it)"
 
 
-def truncate_log(path: Path, step: int) -> None:
-    """Drop the records of steps that a resumed run will write again."""
+def truncate_log(path: Path, step: int, evaluates: bool) -> None:
+    """Drop the records that a run resumed at `step` writes again: later steps and, if it `evaluates` at once, that
+    step's evaluations."""
     if not path.exists():
         return
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [r for r in records if r.get("step", 0) <= step and not ("val_bpb" in r and r["step"] == step)]
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    kept = [r for r in records if r.get("step", 0) <= step - (evaluates and "val_bpb" in r)]
     write_atomically(path, lambda temporary: temporary.write_text("".join(json.dumps(r) + "\n" for r in kept)))
 
 
@@ -242,12 +267,15 @@ def main(argv: list[str]) -> int:
     out, checkpoint = Path(probe.out_dir), None
     if probe.resume:
         checkpoint = load_checkpoint(out / "last.pt")
-        for name, value in checkpoint["model_config"].items():
+        fixed = checkpoint["model_config"] | {"tokenizer": checkpoint["train_config"]["tokenizer"]}
+        for name, value in fixed.items():
             if name != "attn_backend" and given.get(name, value) != value:
                 raise UserError(f"{name}={given[name]!r}: the run in {out} has {value!r}, which --resume cannot "
                                 f"change: leave it out, or start another run with --out_dir=PATH")  # fmt: skip
     stored = {**checkpoint["model_config"], **checkpoint["train_config"]} if checkpoint else {}
-    config, c = build(given, HydraConfig, TrainConfig, base=stored | {"resume": False, "out_dir": probe.out_dir})
+    config, c = build(given | {"resume": False}, HydraConfig, TrainConfig, base=stored | {"out_dir": probe.out_dir})
+    if checkpoint and c.max_iters < checkpoint["step"]:
+        raise UserError(f"max_iters={c.max_iters}: the run in {out} is at step {checkpoint['step']}: ask for more")
 
     # ---- device, precision
     device = pick_device(c.device)
@@ -257,12 +285,13 @@ def main(argv: list[str]) -> int:
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
 
     # ---- data
-    corpus = prepare(c.data, c.tokenizer, c.cache_dir)
+    corpus = prepare(c.data, c.tokenizer, c.cache_dir, c.out_dir)
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
-    if checkpoint and checkpoint["fingerprint"] != corpus.fingerprint:
-        raise UserError(f"data={c.data!r}: the text has changed since the run in {out} began (fingerprint "
-                        f"{corpus.fingerprint[:12]}, not {checkpoint['fingerprint'][:12]}): restore it, or start "
-                        f"another run with --out_dir=PATH")  # fmt: skip
+    ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
+    for name, what in (("fingerprint", "text"), ("tokenizer", "tokenizer")):
+        if checkpoint and checkpoint[name] != ids[name]:
+            raise UserError(f"data={c.data!r}: the {what} has changed since the run in {out} began ({ids[name][:12]}, "
+                            f"not {checkpoint[name][:12]}): restore it, or start another run with --out_dir=PATH")
     get_batch(corpus.train, 1, config.block_size, 0, 0)  # too short a text is refused before anything is written
 
     # ---- model, optimiser, resume
@@ -271,19 +300,33 @@ def main(argv: list[str]) -> int:
     optimizer = torch.optim.AdamW(model.optimizer_groups(c.weight_decay), lr=c.learning_rate,
                                   betas=(c.beta1, c.beta2), fused=True)  # fmt: skip
     # what a checkpoint carries besides the weights: everything that the next step depends on
-    state = {"step": 0, "best": math.inf, "skipped": 0, "streak": 0, "clipped": 0}
+    state = {"step": 0, "best": math.inf, "skipped": 0, "streak": 0, "clipped": 0, "counted": 0}
+    evaluates = True  # at the first step of this run
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, fresh in zip(optimizer.param_groups, model.optimizer_groups(c.weight_decay), strict=True):
+            group |= {"weight_decay": fresh["weight_decay"], "betas": (c.beta1, c.beta2)}  # they may have been changed
         state = {name: checkpoint[name] for name in state}
-    aside = "" if checkpoint or not out.exists() else set_aside(out)
+        evaluates = state["step"] % c.eval_interval == 0 or state["step"] >= c.max_iters
+        if (out / "best.pt").exists():  # last.pt was written before its own evaluation
+            best = load_checkpoint(out / "best.pt")
+            if best["step"] < state["step"] + (not evaluates):
+                state["best"] = min(state["best"], best["best"])
+
+    # ---- the run's folder
+    toml = to_toml(config, c)
     try:
+        aside = "" if checkpoint else set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.toml", lambda temporary: temporary.write_text(toml, encoding="utf-8"))
+        if checkpoint:
+            truncate_log(out / "log.jsonl", state["step"], evaluates)
+        log = open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 line by line, until the end
     except OSError as error:
         raise UserError(f"out_dir={c.out_dir!r}: {error.strerror}: choose a folder that can be written") from error
 
     # ---- say what was chosen and why
-    toml = to_toml(config, c)
     peak = matmul_peak(device, dtype)
     peak_text = f"{peak / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
     lines = [toml, aside, corpus.description, f"corpus fingerprint {corpus.fingerprint[:12]}",
@@ -293,27 +336,24 @@ def main(argv: list[str]) -> int:
              f"compile {'on, block by block' if compiled else 'off'} ({compile_reason})",
              *(f"attention {letter}: {backend} ({why})" for letter, (backend, why) in backends.items())]  # fmt: skip
     print("\n".join(line for line in lines if line), flush=True)
-    write_atomically(out / "config.toml", lambda temporary: temporary.write_text(toml, encoding="utf-8"))
-    if checkpoint:
-        truncate_log(out / "log.jsonl", state["step"])
-    log = open(out / "log.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 a line at a time, until the end
 
-    def record(entry: dict) -> None:
-        log.write(json.dumps(entry) + "\n")
+    def record(entry: dict) -> None:  # JSON has no NaN
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        log.write(json.dumps(entry, allow_nan=False) + "\n")
 
     record({"resumed_at" if checkpoint else "started": state["step"], "config": asdict(config) | asdict(c),
             "git": git_hash(), "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "device": str(device), "dtype": str(dtype), "compiled": compiled, "parameters": count_params(config),
-            "matmul_peak": peak, "fingerprint": corpus.fingerprint})  # fmt: skip
+            "device": str(device), "dtype": f"{dtype} ({dtype_reason})", "compile": f"{compiled} ({compile_reason})",
+            "attention": backends, "parameters": count_params(config), "matmul_peak": peak, **ids})  # fmt: skip
 
     def save(name: str, with_optimizer: bool) -> None:
-        content = {"model": model.state_dict(), "model_config": asdict(config), "train_config": asdict(c),
-                   "fingerprint": corpus.fingerprint, **state}  # fmt: skip
+        content = {"model": model.state_dict(), "model_config": asdict(config), "train_config": asdict(c)} | ids | state
         if with_optimizer:
             content["optimizer"] = optimizer.state_dict()
         write_atomically(out / name, lambda temporary: torch.save(content, temporary))
 
     if compiled:
+        torch._dynamo.config.recompile_limit = 64  # letters x (training, evaluation), and all share Block.forward
         for block in model.blocks:
             block.compile(fullgraph=True)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -324,29 +364,36 @@ def main(argv: list[str]) -> int:
     def ask_to_stop(signum, frame) -> None:
         signal.signal(signum, signal.default_int_handler)  # a second one does not wait for the step to end
         stop.append(signum)
+        os.write(2, b"stopping after this step (once more: at once, unsaved)\n")  # print is not safe in a handler
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, ask_to_stop)
     tokens_per_step = c.batch_size * c.gradient_accumulation_steps * config.block_size
     flops_per_step = 3 * flops_per_token(config, config.block_size) * tokens_per_step
     first_step, began, spent, timed = state["step"], time.perf_counter(), 0.0, 0
+
+    def batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
+        n = step * c.gradient_accumulation_steps + micro
+        x, y = get_batch(corpus.train, c.batch_size, config.block_size, c.seed, n)
+        return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
     while True:
         step = state["step"]
         final = step >= c.max_iters
         if step % c.eval_interval == 0 or final or stop:
-            if step > first_step and state["streak"] == 0:
-                if not all(p.isfinite().all() for p in model.parameters()):
-                    print(f"error: the weights are not finite after step {step}; the last checkpoint in {out} is kept: "
-                          "lower --learning_rate", flush=True)  # fmt: skip
-                    return 1
+            x, y = batch(step, 0)
+            with torch.no_grad(), autocast:
+                sound = bool(model(x, y)[1].isfinite())
+            kept = f"the last checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint is left"
+            if step > first_step and sound:
                 save("last.pt", with_optimizer=True)
-        if stop:
-            print(f"stopped at step {step}, saved in {out}: go on with --resume --out_dir={c.out_dir}", flush=True)
-            return 130
+                kept = f"saved in {out}"
+            if stop:
+                print(f"stopped at step {step}, {kept}: go on with --resume --out_dir={c.out_dir}", flush=True)
+                return 130
         if step % c.eval_interval == 0 or final:
             with autocast:
                 val_loss, val_bpb = evaluate(model, corpus.val, bytes_V, c.batch_size, c.eval_iters, device)
-                text = sample_text(model, corpus.enc, c.sample_prompt, c.sample_tokens, c.seed + step, device)
             best = val_loss < state["best"]
             record({"step": step, "val_loss": val_loss, "val_bpb": val_bpb, "best": best})
             print(f"step {step:5d} | validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte{' (best)' * best}")
@@ -354,7 +401,9 @@ def main(argv: list[str]) -> int:
                 state["best"] = val_loss
                 if step > 0:
                     save("best.pt", with_optimizer=False)
-            if c.sample_tokens:
+            if c.sample_tokens and math.isfinite(val_loss):
+                with autocast:
+                    text = sample_text(model, corpus.enc, c.sample_prompt, c.sample_tokens, c.seed + step, device)
                 print("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30, flush=True)
         if final:
             break
@@ -366,10 +415,9 @@ def main(argv: list[str]) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         for micro in range(c.gradient_accumulation_steps):
-            x, y = get_batch(corpus.train, c.batch_size, config.block_size, c.seed,
-                             step * c.gradient_accumulation_steps + micro)  # fmt: skip
+            x, y = batch(step, micro)
             with autocast:
-                _, loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+                _, loss = model(x, y)
             (loss / c.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
         norm_tensor = nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -381,6 +429,7 @@ def main(argv: list[str]) -> int:
             optimizer.step()
             state["streak"] = 0
             state["clipped"] += bool(c.grad_clip and norm > c.grad_clip)
+            state["counted"] += 1
         else:
             what = "loss" if not math.isfinite(loss) else f"gradient of {worst_gradient(model)}"
             state["skipped"], state["streak"] = state["skipped"] + 1, state["streak"] + 1
@@ -391,28 +440,28 @@ def main(argv: list[str]) -> int:
         spent, timed = spent + time.perf_counter() - start, timed + 1
         if state["streak"] >= MAX_BAD:
             kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
-            print(f"error: {MAX_BAD} steps in a row were not finite, the last one in its {what}; {kept}: "
-                  "lower --learning_rate", flush=True)  # fmt: skip
+            message = f"{MAX_BAD} steps in a row were not finite, the last one in its {what}"
+            record({"step": step + 1, "stopped": message})
+            print(f"error: {message}; {kept}: lower --learning_rate", file=sys.stderr, flush=True)
             return 1
-        if (step + 1) % c.log_interval == 0 or step == first_step:
-            seconds = spent / timed
-            mfu, clipped = flops_per_step / seconds / peak, state["clipped"] / c.log_interval
+        if (step + 1) % c.log_interval == 0 or step == 0:
+            seconds, clipped = spent / timed, state["clipped"] / max(1, state["counted"])
+            mfu = flops_per_step / seconds / peak
             eta = (c.max_iters - step - 1) * (time.perf_counter() - began) / (step + 1 - first_step)
             record({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "clipped": clipped,
-                    "ms": seconds * 1e3, "tokens_per_s": tokens_per_step / seconds, "mfu": mfu,
+                    "ms": seconds * 1e3, "tokens_per_s": tokens_per_step / seconds, "mfu": mfu, "eta_s": eta,
                     "skipped": state["skipped"]})  # fmt: skip
             print(f"step {step + 1:5d} | {(step + 1) / c.max_iters:4.0%} | loss {loss:.4f} | lr {lr:.2e} | "
                   f"norm {norm:.2f} | clipped {clipped:4.0%} | {seconds * 1e3:.0f} ms | "
                   f"{tokens_per_step / seconds:,.0f} tokens/s | MFU {mfu:.0%} | "
                   f"ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)  # fmt: skip
-            spent, timed = 0.0, 0
-            if (step + 1) % c.log_interval == 0:
-                state["clipped"] = 0
+            spent, timed, state["clipped"], state["counted"] = 0.0, 0, 0, 0
 
     # ---- the number to compare
     with autocast:
         val_loss, val_bpb = evaluate(model, corpus.val, bytes_V, c.batch_size, c.final_eval_iters, device)
     record({"step": state["step"], "val_loss": val_loss, "val_bpb": val_bpb, "final": True})
+    log.close()
     part = f"{c.final_eval_iters} batches of the validation split" if c.final_eval_iters else "whole validation split"
     print(f"{part}: {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte; {time.perf_counter() - began:.0f} s in all; "
           f"sample it with: python sample.py --out_dir={c.out_dir} --prompt='import '")  # fmt: skip

@@ -285,11 +285,12 @@ def test_auto_never_picks_an_uncompiled_flex_and_says_why():
     assert choose_backend("auto", "cpu", 64, True, True)[0] == "sdpa"
     assert choose_backend("sdpa", "cuda", 64, True, True)[0] == "sdpa"
     assert choose_backend("flex", "cpu", 64, True, False)[0] == "flex"
+    assert choose_backend("flex", "cuda", 64, False, False)[0] == "sdpa"  # samples of a run that trains with flex
 
 
 @pytest.mark.parametrize("case, words", [
     (("flex", "cpu", 64, True, True), "no backward on a CPU"),
-    (("flex", "cpu", 64, False, False), "needs torch.compile"),
+    (("flex", "cuda", 64, False, True), "needs torch.compile"),
     (("flex", "cuda", 8, True, True), "these have 8"),
 ])  # fmt: skip
 def test_flex_where_it_cannot_work_is_a_clear_error(case, words):
@@ -313,6 +314,13 @@ def test_letters_name_the_variants():
     assert [made[k].n_kv_head for k in "AGM"] == [4, 2, 1]
     with pytest.raises(UserError, match="unknown letter 'X'"):
         make_attention("X", config)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3])
+def test_the_gpu_form_of_the_per_head_convolution(taps):
+    u, filters = torch.randn(2, 9 + taps - 1, 24), torch.randn(24, 8, taps)
+    torch.testing.assert_close(attention.per_head_einsum(u, filters), attention.per_head_conv1d(u, filters),
+                               rtol=1e-5, atol=1e-5)  # fmt: skip
 
 
 def test_no_argument_switches_causality_off():
