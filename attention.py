@@ -199,7 +199,8 @@ def read(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, ctx: Context, scale: fl
         mask = (torch.arange(n, device=q_BTHK.device) <= ctx.pos)[:, None, None]
     q_BGhK = q_BTHK.squeeze(1).unflatten(1, (k_BSGK.size(2), -1))  # the heads of a group are its queries: one product
     k_BGSK, v_BGSK = (t[:, :n].transpose(1, 2) for t in (k_BSGK, v_BSGK))
-    return F.scaled_dot_product_attention(q_BGhK, k_BGSK, v_BGSK, attn_mask=mask, scale=scale).flatten(1, 2).unsqueeze(1)
+    y_BGhK = F.scaled_dot_product_attention(q_BGhK, k_BGSK, v_BGSK, attn_mask=mask, scale=scale)
+    return y_BGhK.flatten(1, 2).unsqueeze(1)
 
 
 def sdpa_window(q: Tensor, k: Tensor, v: Tensor, window: int, gqa: bool) -> Tensor:

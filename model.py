@@ -4,6 +4,7 @@
   8-layer macro-block, three of them make the 24-layer transformer; "A" (MHA) and "G" (GQA) are the baselines.
 - Block: x = x + alpha * attn(norm(x)), x = x + mlp(norm(x)); SwiGLU (arXiv:2002.05202), RMSNorm (1910.07467).
 - Tied embedding and head; a loss that never holds the logits of a large vocabulary as a whole.
+- Generation from preallocated states, one per layer, batched over prompts of different lengths.
 - Closed formulas for parameters, FLOPs and the bytes of a decoding state, which the tests hold against the modules.
 Left out: dropout, biases, learned positions, loading of other projects' weights.
 """
@@ -163,8 +164,11 @@ class Decoding:
 
     layers: list[State]
     pos_B: Tensor  # int64 [B], tokens of each row so far: the position of its next one
-    visible: int | None  # the longest row's, known without asking the device; None = unknown, all slots are read
-    uniform: bool = False  # all rows have `visible` tokens
+    visible: int | None  # the longest row's, known without asking the device; None = all slots are read, masked
+    uniform: bool = True  # all rows have `visible` tokens
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.values())
 
 
 class Hydra(nn.Module):
@@ -253,7 +257,8 @@ class Hydra(nn.Module):
     # ---- decoding
 
     def new_state(self, B: int, S: int) -> "Decoding":
-        """An empty state for B texts of up to S tokens each, in the dtype that the model computes in."""
+        """An empty state for B texts of up to S tokens each, in the dtype that the model computes in. Its size is
+        kv_bytes(config, S, itemsize) + tail_bytes(config, itemsize) for each of them."""
         weight = self.embed.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -285,27 +290,34 @@ class Hydra(nn.Module):
     def generate(
         self, prompts: Tensor | list[Tensor], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
         top_p: float = 1.0, stop: int | None = None, generator: torch.Generator | None = None,
+        static: bool | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yields the next token ids [B] as they come, at most max_new_tokens times.
 
-        prompts: token ids [B, T], or a list of B tensors [T_b] of different lengths, at least one token each; a row
-        does not depend on the others. temperature, top_k, top_p: see `pick`. stop: a token id that ends its row,
-        which then yields only that id; the generation ends with the last row. Raises UserError where the text would
-        outgrow block_size and not every layer has a window.
+        prompts: token ids [B, T], or a list of B tensors [T_b] of different lengths, at least one token each; no row
+        sees another or its padding. temperature, top_k, top_p: see `pick`. stop: a token id that ends its row, which
+        then yields only that id; the last row's end ends the generation. static: shapes that do not follow the text,
+        for compiled or graph-captured `prefill` and `decode`; None = on CUDA. Raises UserError where the text would
+        outgrow block_size, unless every layer has a window.
         """
         rows = list(prompts)
-        lengths = [len(row) for row in rows]
-        if not rows or min(lengths) < 1:
+        longest, shortest = max(map(len, rows), default=0), min(map(len, rows), default=0)
+        slots, limit = longest + max_new_tokens, self.config.block_size
+        if shortest < 1:
             raise UserError("prompt='': it has no token: give at least one, such as the tokenizer's end of text")
-        total, longest, limit = max(lengths) + max_new_tokens, max(lengths), self.config.block_size
-        if total > limit and not self.endless:
+        if slots > limit and not self.endless:
             raise UserError(f"max_new_tokens={max_new_tokens}: with a prompt of {longest} tokens that is more than "
                             f"block_size={limit}: ask for fewer, or shorten the prompt")  # fmt: skip
         device = self.embed.weight.device
-        state = self.new_state(len(rows), total)
         idx_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        logits_BV = self.prefill(idx_BT, torch.tensor(lengths, device=device), state)
-        state.visible, state.uniform = longest, min(lengths) == longest
+        static = device.type == "cuda" if static is None else static
+        if static:  # lengths are powers of two, so that few shapes are ever compiled
+            slots = 1 << (slots - 1).bit_length()
+            idx_BT = F.pad(idx_BT, (0, (1 << (longest - 1).bit_length()) - longest))
+        state = self.new_state(len(rows), slots)
+        lengths_B = torch.tensor([len(row) for row in rows], device=device)
+        logits_BV = self.prefill(idx_BT, lengths_B, state)
+        state.visible, state.uniform = (None, False) if static else (longest, shortest == longest)
         ended_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for left in range(max_new_tokens, 0, -1):
             token_B = pick(logits_BV.float(), temperature, top_k, top_p, generator)
@@ -394,7 +406,14 @@ def state_values(c: HydraConfig, letter: str) -> int:
 
 
 def kv_bytes(c: HydraConfig, T: int, itemsize: int = 2) -> int:
-    """Bytes of the decoding state of one sequence of T tokens over all layers (windowed MQA keeps `window` tokens);
-    CCQA's constant tail of 2*(conv_kernel-1) rows and one shifted value row is not in it."""
+    """Bytes that the decoding state of one sequence of T tokens grows to over all layers (windowed MQA keeps `window`
+    tokens), see `tail_bytes` for the constant part."""
     kept = {a: min(T, c.window) if a == "M" and c.window else T for a in c.layers}
     return itemsize * sum(kept[a] * state_values(c, a) for a in c.layers)
+
+
+def tail_bytes(c: HydraConfig, itemsize: int = 2) -> int:
+    """Bytes of CCQA's constant tails of one sequence: 2*(conv_kernel-1) rows of q and k, one row of shifted values."""
+    L, kappa = c.dim // c.compression, c.n_kv_head * (c.dim // c.compression // c.n_head)
+    rows = 2 * max(0, c.conv_kernel - 1)
+    return itemsize * c.layers.count("C") * (rows * (L + kappa) + c.value_shift * kappa // 2)

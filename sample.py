@@ -1,19 +1,24 @@
-"""Continue a text with a trained HYDRA: `python sample.py [--out_dir=out] --prompt='def '`.
+"""Continue texts with a trained HYDRA: `python sample.py [--out_dir=out] --prompt='def '`.
 
-Prints the prompt and its continuation as it is generated. Temperature, top-k and nucleus (top-p, arXiv:1904.09751)
-sampling; a seed makes it repeatable. The past is recomputed for every token.
+- Several prompts: repeat --prompt=..., or --prompt_file with one a line; --num_samples continuations of each. They are
+  generated in one batch; the first is printed as it comes, the others below it.
+- Temperature, top-k and nucleus (top-p, arXiv:1904.09751) sampling; a seed makes it repeatable.
+- On stderr at the end: tokens/s, the bytes/s that decoding read, as a part of this machine's copy bandwidth, and the
+  size of the decoding state.
 """
 
 import codecs
+import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from configurator import UserError, build, cli, need, parse
-from data import get_tokenizer, token_text
-from model import Hydra, HydraConfig
-from train import load_checkpoint, pick_device, pick_dtype
+from data import decode, get_tokenizer, token_text
+from model import Hydra, HydraConfig, kv_bytes, tail_bytes
+from train import copy_bandwidth, load_checkpoint, pick_device, pick_dtype, sync
 
 
 @dataclass(frozen=True)
@@ -22,50 +27,91 @@ class SampleConfig:
 
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "best"  # which of its checkpoints: best (lowest validation loss) or last
-    prompt: str = "import "  # text to go on from
+    prompt: str = "import "  # text to go on from; may be given several times
+    prompt_file: str = ""  # a text file of prompts, one a line, instead
+    num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 200  # tokens to generate; an end of text ends it earlier
     temperature: float = 0.8  # above 1 flattens the distribution, below 1 sharpens it, 0 takes the likeliest token
     top_k: int = 0  # sample among this many likeliest tokens, 0 = all
     top_p: float = 0.95  # and among the fewest that hold this much probability, 1 = all
     seed: int = 1337  # of the sampling
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    dtype: str = "auto"  # auto, float32 or bfloat16
+    dtype: str = "auto"  # auto, float32 or bfloat16 (of the weights too)
 
     def __post_init__(self):
         need(self, "checkpoint", self.checkpoint in ("best", "last"), "use best or last")
         need(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "use auto, float32 or bfloat16")
         need(self, "top_p", 0 < self.top_p <= 1, "choose a value above 0 and at most 1")
+        need(self, "num_samples", self.num_samples >= 1, "it must be at least 1")
         for name in ("max_new_tokens", "temperature", "top_k", "seed"):
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
         need(self, "temperature", self.temperature == 0 or self.temperature >= 1e-3, "use 0 for the likeliest token")
         need(self, "seed", self.seed < 2**63, "choose one below 2**63")
 
 
-def main(argv: list[str]) -> int:
-    (c,) = build(parse(argv, SampleConfig, doc=__doc__), SampleConfig)
-    device = pick_device(c.device)
+def read_prompts(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt_file={path!r}: {error}: give a UTF-8 text file with one prompt a line") from error
+    if not lines:
+        raise UserError(f"prompt_file={path!r}: it is empty: give a text file with one prompt a line")
+    return lines
+
+
+def load_model(c: SampleConfig, device: torch.device):
+    """(model in the dtype that it will run in, its tokenizer) of the run's checkpoint."""
     path = Path(c.out_dir) / f"{c.checkpoint}.pt"
     if not path.exists() and path.with_name("last.pt").exists():
         raise UserError(f"{path} does not exist, the run was not evaluated yet: use --checkpoint=last")
     checkpoint = load_checkpoint(path, device)
     # the core that trained may not run here, eager and on another device
     config = replace(HydraConfig(**checkpoint["model_config"]), attn_backend="auto")
-    enc = get_tokenizer(checkpoint["train_config"]["tokenizer"])
     model = Hydra(config).to(device).eval()
     model.load_state_dict(checkpoint["model"])
     dtype, _ = pick_dtype(c.dtype, device, config.dim)
+    return model.to(dtype), get_tokenizer(checkpoint["train_config"]["tokenizer"])
 
-    ids = torch.tensor([enc.encode_ordinary(c.prompt) or [enc.eot_token]], device=device)
+
+def main(argv: list[str]) -> int:
+    (c,) = build(parse(argv, SampleConfig, doc=__doc__), SampleConfig)
+    given = [parse([arg], SampleConfig)["prompt"] for arg in argv if arg.startswith("--prompt=")]
+    prompts = read_prompts(c.prompt_file) if c.prompt_file else given or [c.prompt]
+    prompts = [prompt for prompt in prompts for _ in range(c.num_samples)]
+    device = pick_device(c.device)
+    model, enc = load_model(c, device)
+    rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
     generator = torch.Generator(device).manual_seed(c.seed)
-    print(c.prompt, end="", flush=True)
+    steps = model.generate(rows, c.max_new_tokens, c.temperature, c.top_k, c.top_p, enc.eot_token, generator)
+
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be cut between two tokens
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        for token_B in model.generate(ids, c.max_new_tokens, c.temperature, c.top_k, c.top_p, generator):
-            token = int(token_B)
-            if token == enc.eot_token:
-                break
-            print(utf8.decode(token_text(enc, token)), end="", flush=True)
+    texts: list[list[int]] = [[] for _ in rows]
+    times, live = [], True
+    print(prompts[0], end="", flush=True)
+    for token_B in steps:
+        sync(device)
+        times.append(time.perf_counter())
+        tokens = token_B.tolist()
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
+        live = live and tokens[0] != enc.eot_token
+        if live:
+            print(utf8.decode(token_text(enc, tokens[0])), end="", flush=True)
     print(utf8.decode(b"", final=True))
+    for prompt, text in list(zip(prompts, texts, strict=True))[1:]:
+        end = text.index(enc.eot_token) if enc.eot_token in text else len(text)
+        print("-" * 30 + f"\n{prompt}{decode(enc, text[:end])}")
+
+    if len(times) > 1:  # the first token is the prefill's
+        seconds = (times[-1] - times[0]) / (len(times) - 1)
+        size = model.embed.weight.element_size()
+        weights = sum(p.numel() * size for p in model.parameters())
+        longest = max(map(len, rows)) + len(times)
+        cache = len(rows) * (kv_bytes(model.config, longest, size) + tail_bytes(model.config, size))
+        rate, copy = (weights + cache) / seconds, copy_bandwidth(device)
+        print(f"{len(rows)} x {len(times)} tokens, {len(rows) / seconds:.1f} tokens/s, {rate / 1e9:.1f} GB/s read of "
+              f"weights and state, {rate / copy:.0%} of this machine's copy bandwidth ({copy / 1e9:.1f} GB/s); state "
+              f"{cache:,} bytes", file=sys.stderr)  # fmt: skip
     return 0
 
 

@@ -146,6 +146,19 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a large copy here and now, read and written, best of seven: what decoding at batch 1 is bound by."""
+    a = torch.zeros(2**26 if device.type == "cpu" else 2**28, device=device)
+    b, best = torch.empty_like(a), math.inf
+    for _ in range(7):
+        sync(device)
+        start = time.perf_counter()
+        b.copy_(a)
+        sync(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.numel() * a.element_size() / best
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # files of a run
 
@@ -244,12 +257,14 @@ def evaluate(model: Hydra, tokens: np.ndarray, bytes_V: torch.Tensor, batch_size
 
 
 def sample_text(model: Hydra, enc, prompt: str, tokens: int, seed: int, device: torch.device) -> str:
-    """`prompt` and its continuation. Eager: with a compiled block every new length would compile again."""
-    ids = torch.tensor([enc.encode_ordinary(prompt) or [enc.eot_token]], device=device)
+    """`prompt` and its continuation, up to the end of the block. Eager: a CPU decodes no faster compiled."""
+    ids = (enc.encode_ordinary(prompt) or [enc.eot_token])[: model.config.block_size]
     generator = torch.Generator(device).manual_seed(seed)
+    tokens = min(tokens, model.config.block_size - len(ids))
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        new = [int(t) for t in model.generate(ids, tokens, temperature=0.8, top_p=0.95, generator=generator)]
+        steps = model.generate(torch.tensor([ids]), tokens, temperature=0.8, top_p=0.95, generator=generator)
+        new = [int(t) for t in steps]
     model.train()
     return prompt + decode(enc, new)
 
