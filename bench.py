@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,6 +78,10 @@ def decoder(model: Hydra, B: int, past: int) -> Callable[[], None]:
     return step
 
 
+def prefill_once(model: Hydra, prompts_BT: torch.Tensor, lengths_B: torch.Tensor) -> None:
+    model.prefill(prompts_BT, lengths_B, model.new_state(*prompts_BT.shape))
+
+
 def llama_like(c: HydraConfig, dtype: torch.dtype):
     """transformers' Llama of the same width, depth, heads and vocabulary, its MLP chosen for the same parameters."""
     try:
@@ -133,8 +138,7 @@ def decode_table(c: HydraConfig, b: BenchConfig, device: torch.device) -> list[d
             row = {"dtype": str(dtype), "batch": B, "ms": ms * 1e3, "tokens_per_s": B / ms, "GB_per_s": size / ms / 1e9,
                    "of_copy": size / ms / copy}  # fmt: skip
             # (a) all tokens with states, prefill included, against a full forward at the mean length for each
-            once = {"prefill": lambda p=prompts, n=lengths: model.prefill(p, n, model.new_state(len(p), p.size(1))),
-                    "uncached": lambda m=middle: model(m)}  # fmt: skip
+            once = {"prefill": partial(prefill_once, model, prompts, lengths), "uncached": partial(model, middle)}
             t = in_turns(once, 3 if B == 1 else 1, device)
             prefill, uncached = statistics.median(t["prefill"]), statistics.median(t["uncached"])
             row["a_states"] = b.new_tokens * uncached / (prefill + (b.new_tokens - 1) * ms)
@@ -142,7 +146,8 @@ def decode_table(c: HydraConfig, b: BenchConfig, device: torch.device) -> list[d
             t = in_turns(steps, b.rounds, device)
             row["b_mha"] = ratio(t["MHA"], t["hybrid"])
             if peer:
-                both = {"ours": generation(model, prompts, b.new_tokens), "peer": generation(peer, prompts, b.new_tokens)}
+                both = {"ours": model, "peer": peer}
+                both = {name: generation(m, prompts, b.new_tokens) for name, m in both.items()}
                 t = in_turns(both, 2 if B == 1 else 1, device)
                 row["c_llama"] = ratio(t["peer"], t["ours"])
                 row["peer_tokens_per_s"] = B * b.new_tokens / statistics.median(t["peer"])
@@ -170,7 +175,8 @@ def main(argv: list[str]) -> int:
     print("(a) one generation without states over with; (b) MHA's time over the hybrid's; (c) transformers' generate "
           "over ours")  # fmt: skip
     if b.json:
-        result = {"device": str(device), "where": where, "torch": torch.__version__, "config": to_toml(c, b), "decode": rows}
+        result = {"device": str(device), "where": where, "torch": torch.__version__, "config": to_toml(c, b)}
+        result |= {"decode": rows}
         write_atomically(Path(b.json), lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
     return 0
 

@@ -111,7 +111,7 @@ def test_stop_ends_rows_and_then_the_generation():
 
 def test_past_the_block_is_an_error_unless_every_layer_has_a_window():
     text = tokens(1, 10)
-    with pytest.raises(UserError, match="max_new_tokens=60: with a prompt of 10 tokens that is more than block_size=64"):
+    with pytest.raises(UserError, match="max_new_tokens=60: with a prompt of 10 tokens .* block_size=64"):
         next(make().generate(text, 60))
     with pytest.raises(UserError, match="block_size=64"):
         next(make(window=8).generate(text, 60))  # CCQA and MLA have none
