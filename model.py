@@ -242,7 +242,7 @@ class Hydra(nn.Module):
 
     def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor | None, Tensor]:
         """(logits or None, mean cross-entropy in nats) of the trunk's normed output: in one piece where the logits are
-        few, else in chunks, which take the plain loss's time and half its memory (see the README)."""
+        few, else in chunks, so that they never are in memory all at once."""
         x, weight, targets = x_BTD.flatten(0, 1), self.embed.weight, targets_BT.flatten()
         rows = max(1, MAX_LOGITS // weight.size(0))
         if x.size(0) <= rows:

@@ -134,7 +134,7 @@ def test_resume_refuses_another_model_and_a_changed_text(tmp_path):
 
 def test_one_step_equals_adamw_by_hand(tmp_path):
     """Two accumulated batches, clipping at 0.1, decay by group, warmup: the step as its parts define it."""
-    keys = dict(max_iters=1, gradient_accumulation_steps=2, grad_clip=0.1, warmup_iters=1, learning_rate=0.01)
+    keys = dict(max_iters=1, gradient_accumulation_steps=2, grad_clip=0.1, warmup_iters=2, learning_rate=0.02)
     train.main(options(tmp_path, "run", dtype="float32", **keys))
     config, c = build(parse(options(tmp_path, "run", **keys), HydraConfig, TrainConfig), HydraConfig, TrainConfig)
     torch.manual_seed(c.seed)
@@ -144,6 +144,7 @@ def test_one_step_equals_adamw_by_hand(tmp_path):
         (net(*get_batch(tokens, 2, 32, c.seed, micro))[1] / 2).backward()
     norm = math.sqrt(sum((p.grad**2).sum().item() for p in net.parameters()))
     assert norm > 0.1
+    assert records(tmp_path / "run")[-3]["grad_norm"] == pytest.approx(norm, rel=1e-4)
     decayed = {id(p) for p in net.optimizer_groups(0.1)[0]["params"]}
     got = weights(tmp_path / "run")
     for name, p in net.named_parameters():
