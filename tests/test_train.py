@@ -20,7 +20,7 @@ import sample
 import train
 from configurator import UserError, build, field_comments, parse
 from data import get_batch, prepare
-from model import Hydra, HydraConfig, count_params
+from model import Hydra, HydraConfig, count_params, kv_bytes, tail_bytes
 from train import TrainConfig, learning_rate_at
 
 ROOT = Path(train.__file__).parent
@@ -431,7 +431,32 @@ def test_sample_continues_a_prompt_repeatably(tmp_path, capsys):
     assert run("--temperature=0") == run("--temperature=0", "--seed=9") == run("--top_k=1") == run("--top_p=1e-9")
     assert run("--checkpoint=last", "--max_new_tokens=0") == "import é\n"
     assert len(run("--prompt=")) > 1
-    assert len(run("--max_new_tokens=60").encode()) > 40  # longer than the block
+    with pytest.raises(UserError, match="max_new_tokens=60: with a prompt of 9 tokens .* block_size=32"):
+        run("--max_new_tokens=60")
+
+
+def test_sample_takes_several_prompts_and_reports_its_speed(tmp_path, capsys):
+    """Every text in its place, greedy ones as each gives alone; the report goes to stderr."""
+    train.main(options(tmp_path, "run", max_iters=2))
+    (tmp_path / "prompts.txt").write_text("ab\nimport é\n")
+    args = [f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=9", "--temperature=0", "--dtype=float32"]
+
+    def run(*more: str) -> tuple[str, str]:
+        capsys.readouterr()
+        assert sample.main([*args, *more]) == 0
+        return capsys.readouterr()
+
+    one, two = run("--prompt=ab")[0], run("--prompt=import é")[0]
+    both = one + "-" * 30 + "\n" + two
+    assert run("--prompt=ab", "--prompt=import é")[0] == both == run(f"--prompt_file={tmp_path / 'prompts.txt'}")[0]
+    assert run("--prompt=ab", "--num_samples=3")[0] == ("-" * 30 + "\n").join([one] * 3)
+    err = run("--prompt=ab", "--num_samples=3")[1]
+    for words in ("3 x 9 tokens", "tokens/s", "GB/s", "copy bandwidth", "bytes"):
+        assert words in err, words
+    config = HydraConfig(**torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model_config"])
+    assert f"state {3 * (kv_bytes(config, 11, 4) + tail_bytes(config, 4)):,} bytes" in err
+    with pytest.raises(UserError, match="prompt_file='/no/such': .*one prompt a line"):
+        run("--prompt_file=/no/such")
 
 
 @pytest.mark.parametrize("changes, words", [
