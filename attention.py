@@ -55,7 +55,7 @@ class Context(NamedTuple):
     """Made once per forward by `make_context`, read by every layer."""
 
     pos: Tensor  # int64 [T], or [B, T] where rows hold different tokens: the true positions
-    rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> cos, sin, fp32 [T, width/2] or [B, T, width/2]
+    rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> [cos cos], [-sin sin], fp32 [(B,) T, 1, width]
     masks: dict[int, BlockMask]  # window -> mask; empty where FlexAttention is not used
     # only with a decoding state, whose rows may hold texts of different lengths:
     decode: bool = False  # one new token a row, at pos [B, 1]; else a prefill, texts padded on the right
@@ -69,16 +69,17 @@ def make_context(pos: Tensor, widths: set[int], theta: float, windows: set[int] 
     rope = {}
     for width in sorted(widths):
         freq = theta ** (-torch.arange(0, width, 2, device=pos.device, dtype=torch.float32) / width)
-        angle = pos[..., None].float() * freq
-        rope[width] = angle.cos(), angle.sin()
+        angle = pos[..., None, None].float() * freq
+        cos, sin = angle.cos(), angle.sin()
+        rope[width] = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     return Context(pos, rope, {w: causal_block_mask(pos.shape[-1], w, pos.device) for w in sorted(windows)})
 
 
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate-half RoPE (arXiv:2104.09864, eq. 34) of x [B, T, heads, width] by tables [(B,) T, width/2]."""
-    cos, sin = (t.to(x.dtype).unsqueeze(-2) for t in table)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotate-half RoPE (arXiv:2104.09864, eq. 34) of x [B, T, heads, width] by a table of `make_context`: channel i
+    turns with channel i + width/2, which a roll by half the width puts in its place."""
+    cos, sin = (t.to(x.dtype) for t in table)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 @functools.lru_cache(maxsize=32)
@@ -179,6 +180,9 @@ def store(slots_BSGK: Tensor, new_BTGK: Tensor, ctx: Context) -> None:
     """Put a decode step's token, or a prefill's, at the slot of its position. A window's slots are a ring: position p
     lies at p modulo S, and a prefill leaves the last S tokens of every row there."""
     S, T = slots_BSGK.size(1), new_BTGK.size(1)
+    if ctx.decode and ctx.uniform:
+        slots_BSGK[:, (ctx.visible - 1) % S] = new_BTGK[:, 0]
+        return
     row_B1 = torch.arange(len(new_BTGK), device=new_BTGK.device)[:, None]
     if ctx.decode:
         slots_BSGK[row_B1, ctx.pos % S] = new_BTGK.to(slots_BSGK.dtype)
@@ -313,8 +317,8 @@ class CCQA(nn.Module):
         taps = self.conv_kernel
         depthwise, grouped = self.conv_depthwise.to(u.dtype), self.conv_grouped.to(u.dtype)
         T = u.size(1) - taps + 1
-        u = sum(u[:, i : i + T] * depthwise[:, i] for i in range(taps))
-        return per_head_einsum(u, grouped) if u.is_cuda else per_head_conv1d(u, grouped)
+        u = sum((u[:, i : i + T] * depthwise[:, i] for i in range(1, taps)), u[:, :T] * depthwise[:, 0])
+        return per_head_einsum(u, grouped) if u.is_cuda or T == taps else per_head_conv1d(u, grouped)
 
 
 def per_head_conv1d(u: Tensor, grouped: Tensor) -> Tensor:
@@ -324,8 +328,8 @@ def per_head_conv1d(u: Tensor, grouped: Tensor) -> Tensor:
 
 
 def per_head_einsum(u: Tensor, grouped: Tensor) -> Tensor:
-    """The same as one batched matrix product over the stacked taps, which a GPU's compiler fuses with its neighbours;
-    a convolution would be an external call."""
+    """The same as one batched matrix product over the stacked taps: a GPU's compiler fuses it with its neighbours, and
+    for the one row of a decode step a convolution's set-up costs more than its work."""
     K, taps = grouped.shape[1:]
     T = u.size(1) - taps + 1
     seen = torch.stack([u[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)

@@ -125,6 +125,8 @@ def decode_table(c: HydraConfig, b: BenchConfig, device: torch.device) -> list[d
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(b.seed)
         model, baseline = (Hydra(x).to(device, dtype).eval() for x in (c, mha))
+        model.lay_out_for_decoding()
+        baseline.lay_out_for_decoding()
         peer = llama_like(c, dtype).to(device) if b.peers else None
         for B in (1, 8):
             prompts = torch.randint(0, c.vocab_size, (B, b.prompt_tokens), device=device)

@@ -256,6 +256,14 @@ class Hydra(nn.Module):
 
     # ---- decoding
 
+    @torch.no_grad()
+    def lay_out_for_decoding(self) -> None:
+        """Store the matrices column by column where that makes decoding faster: in fp32 on a CPU, whose matrix-vector
+        product then reads them at 1.5-2 times the rate. Values and shapes stay; call it once, before `generate`."""
+        for p in self.parameters():
+            if p.dim() == 2 and p.dtype == torch.float32 and p.device.type == "cpu":
+                p.data = p.data.t().contiguous().t()
+
     def new_state(self, B: int, S: int) -> "Decoding":
         """An empty state for B texts of up to S tokens each, in the dtype that the model computes in. Its size is
         kv_bytes(config, S, itemsize) + tail_bytes(config, itemsize) for each of them."""

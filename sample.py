@@ -70,7 +70,8 @@ def load_model(c: SampleConfig, device: torch.device):
     model = Hydra(config).to(device).eval()
     model.load_state_dict(checkpoint["model"])
     dtype, _ = pick_dtype(c.dtype, device, config.dim)
-    return model.to(dtype), get_tokenizer(checkpoint["train_config"]["tokenizer"])
+    model.to(dtype).lay_out_for_decoding()
+    return model, get_tokenizer(checkpoint["train_config"]["tokenizer"])
 
 
 def main(argv: list[str]) -> int:

@@ -42,6 +42,7 @@ def test_ccqa_equals_zaya_attention(taps, compression, groups):
 
     x = torch.randn(2, T, D) * 0.3
     ctx = make_context(torch.arange(T), {K}, 10000.0)
-    cos, sin = (torch.cat((t, t), dim=-1)[None].expand(2, -1, -1) for t in ctx.rope[K])
+    cos, sin = (t.squeeze(1)[None].expand(2, -1, -1) for t in ctx.rope[K])
+    sin = torch.cat((-sin[..., : K // 2], sin[..., K // 2 :]), dim=-1)  # ours carries the half's sign
     expected, _ = theirs(x, position_embeddings=(cos, sin))
     torch.testing.assert_close(ours(x, ctx), expected, rtol=1e-5, atol=1e-5)
