@@ -34,7 +34,7 @@ class HydraConfig:
     block_size: int = 256  # T, the longest text that the model is trained on, in tokens
     dim: int = 256  # D, model width
     n_head: int = 4  # H, query heads of every layer
-    n_kv_head: int = 2  # G, key/value heads of CCQA and GQA layers
+    n_kv_head: int = 4  # G, key/value heads of CCQA and GQA layers
     n_layer: int = 8  # depth; the pattern is tiled over it
     pattern: str = "MMCCCLML"  # attention of each layer: A MHA, G GQA, M MQA, C CCQA, L MLA
     mlp_ratio: float = 2.0  # SwiGLU's hidden width over D, rounded up to a multiple of 256
