@@ -125,8 +125,8 @@ def decode_table(c: HydraConfig, b: BenchConfig, device: torch.device) -> list[d
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(b.seed)
         model, baseline = (Hydra(x).to(device, dtype).eval() for x in (c, mha))
-        model.lay_out_for_decoding()
-        baseline.lay_out_for_decoding()
+        model.pack()
+        baseline.pack()
         peer = llama_like(c, dtype).to(device) if b.peers else None
         for B in (1, 8):
             prompts = torch.randint(0, c.vocab_size, (B, b.prompt_tokens), device=device)
@@ -135,8 +135,7 @@ def decode_table(c: HydraConfig, b: BenchConfig, device: torch.device) -> list[d
             step = decoder(model, B, middle.size(1))
             t = in_turns({"step": step}, b.rounds, device)["step"]
             ms = statistics.median(t)
-            size = sum(p.numel() * p.element_size() for p in model.parameters())
-            size += B * kv_bytes(c, middle.size(1), dtype.itemsize)
+            size = count_params(c) * dtype.itemsize + B * kv_bytes(c, middle.size(1), dtype.itemsize)
             row = {"dtype": str(dtype), "batch": B, "ms": ms * 1e3, "tokens_per_s": B / ms, "GB_per_s": size / ms / 1e9,
                    "of_copy": size / ms / copy}  # fmt: skip
             # (a) all tokens with states, prefill included, against a full forward at the mean length for each

@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError, build, cli, need, parse
 from data import decode, get_tokenizer, token_text
-from model import Hydra, HydraConfig, kv_bytes, tail_bytes
+from model import Hydra, HydraConfig, count_params, kv_bytes, tail_bytes
 from train import copy_bandwidth, load_checkpoint, pick_device, pick_dtype, sync
 
 
@@ -70,7 +70,7 @@ def load_model(c: SampleConfig, device: torch.device):
     model = Hydra(config).to(device).eval()
     model.load_state_dict(checkpoint["model"])
     dtype, _ = pick_dtype(c.dtype, device, config.dim)
-    model.to(dtype).lay_out_for_decoding()
+    model.to(dtype).pack()
     return model, get_tokenizer(checkpoint["train_config"]["tokenizer"])
 
 
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
     if len(times) > 1:  # the first token is the prefill's
         seconds = (times[-1] - times[0]) / (len(times) - 1)
         size = model.embed.weight.element_size()
-        weights = sum(p.numel() * size for p in model.parameters())
+        weights = count_params(model.config) * size
         longest = max(map(len, rows)) + len(times)
         cache = len(rows) * (kv_bytes(model.config, longest, size) + tail_bytes(model.config, size))
         rate, copy = (weights + cache) / seconds, copy_bandwidth(device)

@@ -76,6 +76,21 @@ def test_greedy_text_is_the_same_with_and_without_states(pattern):
     assert torch.equal(got, text[:, 7:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_give_the_same_logits(dtype):
+    net, text = make().to(dtype), tokens(2, 9)
+    with torch.no_grad():
+        expected = net(text)[0][:, -1]
+        net.pack()
+        state = net.new_state(2, 16)
+        got = net.prefill(text[:, :8], torch.tensor([8, 8]), state)
+        state.visible = 8
+        got = net.decode(text[:, 8], state)
+    tol = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(got, expected, rtol=tol, atol=tol)
+    assert not any(isinstance(m, torch.nn.Linear) for m in net.blocks[0].modules())
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     """Prompts of 1, 4 and 11 tokens in one batch give what each gives alone, static shapes or not."""
     net, text = make(), tokens(3, 11)
