@@ -1,4 +1,4 @@
-"""Continue texts with a trained HYDRA: `python sample.py [--out_dir=out] --prompt='def '`.
+"""Continue texts with a trained HYDRA: `python sample.py [--out_dir=out] --prompt=def`.
 
 - Several prompts: repeat --prompt=..., or --prompt_file with one a line; --num_samples continuations of each. They are
   generated in one batch; the first is printed as it comes, the others below it.
@@ -27,7 +27,7 @@ class SampleConfig:
 
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "best"  # which of its checkpoints: best (lowest validation loss) or last
-    prompt: str = "import "  # text to go on from; may be given several times
+    prompt: str = "import"  # text to go on from; may be given several times
     prompt_file: str = ""  # a text file of prompts, one a line, instead
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 200  # tokens to generate; an end of text ends it earlier

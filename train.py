@@ -57,7 +57,7 @@ class TrainConfig:
     final_eval_iters: int = 0  # the same for the one at the end, 0 = all: the number to compare
     log_interval: int = 10  # steps between log lines
     sample_tokens: int = 80  # tokens of the sample at each evaluation, 0 = none
-    sample_prompt: str = "def "  # text that the samples go on from
+    sample_prompt: str = "def"  # text that the samples go on from; tokens begin with their space, so end it without
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast over fp32 weights)
     compile: str = "auto"  # torch.compile of the blocks: auto, on or off
@@ -479,7 +479,7 @@ def main(argv: list[str]) -> int:
     log.close()
     part = f"{c.final_eval_iters} batches of the validation split" if c.final_eval_iters else "whole validation split"
     print(f"{part}: {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte; {time.perf_counter() - began:.0f} s in all; "
-          f"sample it with: python sample.py --out_dir={c.out_dir} --prompt='import '")  # fmt: skip
+          f"sample it with: python sample.py --out_dir={c.out_dir} --prompt=import")  # fmt: skip
     return 0
 
 
