@@ -137,6 +137,12 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with x is computed in: autocast's dtype where that is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of x W^T against targets, `rows` rows of logits at a time. The gradients are made in the
     forward, where the logits of a chunk are at hand: the products are the plain loss's three, none is done twice,
@@ -267,9 +273,7 @@ class Hydra(nn.Module):
             logits = F.linear(x, weight)
             loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
             return logits.unflatten(0, targets_BT.shape), loss
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        loss = ChunkedCrossEntropy.apply(x, weight, targets, rows, dtype)
+        loss = ChunkedCrossEntropy.apply(x, weight, targets, rows, compute_dtype(x))
         return None, loss / (targets != IGNORE).sum()
 
     # ---- decoding
@@ -292,9 +296,7 @@ class Hydra(nn.Module):
         """An empty state for B texts of up to S tokens each, in the dtype that the model computes in. Its size is
         kv_bytes(config, S, itemsize) + tail_bytes(config, itemsize) for each of them."""
         weight = self.embed.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        like = weight.new_empty((), dtype=dtype)
+        like = weight.new_empty((), dtype=compute_dtype(weight))
         layers = [block.attn.new_state(B, S, like) for block in self.blocks]
         return Decoding(layers, torch.zeros(B, dtype=torch.int64, device=weight.device), 0)
 
@@ -387,11 +389,16 @@ def pick(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, genera
 # accounting by closed formula, per layer letter
 
 
+def kv_heads(c: HydraConfig, letter: str) -> int:
+    """Key/value heads of the uncompressed letters."""
+    return {"A": c.n_head, "G": c.n_kv_head, "M": 1}[letter]
+
+
 def attention_params(c: HydraConfig, letter: str) -> int:
     """Parameters of one attention, its pre-out norm included, the block's norms not."""
     D, H, L, R = c.dim, c.n_head, c.dim // c.compression, c.latent
     if letter in "AGM":
-        G = {"A": H, "G": c.n_kv_head, "M": 1}[letter]
+        G = kv_heads(c, letter)
         return 2 * D * D + 2 * D * G * (D // H) + D
     if letter == "C":
         K = L // H
@@ -411,7 +418,7 @@ def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
     """Forward FLOPs of one attention per token, two a multiply-add, over the causal mean of T/2 keys."""
     D, H, L, R, W = c.dim, c.n_head, c.dim // c.compression, c.latent, c.window
     if letter in "AGM":
-        G = {"A": H, "G": c.n_kv_head, "M": 1}[letter]
+        G = kv_heads(c, letter)
         keys = W * (1 - W / (2 * T)) if letter == "M" and 0 < W < T else T / 2
         return 4 * D * D + 4 * D * G * (D // H) + 4 * keys * D
     if letter == "C":
@@ -431,7 +438,7 @@ def state_values(c: HydraConfig, letter: str) -> int:
     """Values that decoding keeps per past token in one layer: keys and values, or MLA's latent and shared rope key."""
     D, H = c.dim, c.n_head
     if letter in "AGM":
-        return 2 * {"A": H, "G": c.n_kv_head, "M": 1}[letter] * (D // H)
+        return 2 * kv_heads(c, letter) * (D // H)
     if letter == "C":
         return 2 * c.n_kv_head * (D // c.compression // H)
     return c.latent + c.latent // H // 2

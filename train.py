@@ -396,13 +396,14 @@ def main(argv: list[str]) -> int:
         step = state["step"]
         final = step >= c.max_iters
         if step % c.eval_interval == 0 or final or stop:
-            x, y = batch(step, 0)
-            with torch.no_grad(), autocast:
-                sound = bool(model(x, y)[1].isfinite())
             kept = f"the last checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint is left"
-            if step > first_step and sound:
-                save("last.pt", with_optimizer=True)
-                kept = f"saved in {out}"
+            if step > first_step:
+                x, y = batch(step, 0)
+                with torch.no_grad(), autocast:
+                    sound = bool(model(x, y)[1].isfinite())  # weights can be finite and still be lost
+                if sound:
+                    save("last.pt", with_optimizer=True)
+                    kept = f"saved in {out}"
             if stop:
                 print(f"stopped at step {step}, {kept}: go on with --resume --out_dir={c.out_dir}", flush=True)
                 return 130
