@@ -47,6 +47,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T. Compiled for a single row on a CPU it is written as a sum, of which Inductor makes a loop over the rows of
+    the weight: that reads it at twice the rate of the library's product, and nothing else bounds such a step."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == weight.size(1):
+        return (x.float().unsqueeze(-2) * weight.float()).sum(-1).to(x.dtype)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """A linear map without bias, see `linear`."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__(width_in, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what all layers of one forward share: positions, rotation tables, block masks
 
@@ -240,9 +258,9 @@ class GQA(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.window, self.asked = c.n_head, n_kv_head, window, c.attn_backend
         self.head_width = self.rope_width = c.dim // c.n_head
-        self.qkv = nn.Linear(c.dim, c.dim + 2 * n_kv_head * self.head_width, bias=False)
+        self.qkv = Linear(c.dim, c.dim + 2 * n_kv_head * self.head_width)
         self.norm = RMSNorm(c.dim, c.norm_eps)
-        self.out = nn.Linear(c.dim, c.dim, bias=False)
+        self.out = Linear(c.dim, c.dim)
 
     def new_state(self, B: int, S: int, like: Tensor) -> State:
         """For texts of up to S tokens; with a window its last tokens are enough."""
@@ -271,13 +289,13 @@ class CCQA(nn.Module):
         self.conv_kernel, self.qk_gain, self.value_shift, self.eps = c.conv_kernel, c.qk_gain, c.value_shift, c.norm_eps
         self.reach = 2 * max(0, c.conv_kernel - 1)  # tokens that the convolutions see behind the present one
         channels = self.latent + self.kappa
-        self.down = nn.Linear(c.dim, channels + self.kappa, bias=False)  # q, k and both halves of v at once
+        self.down = Linear(c.dim, channels + self.kappa)  # q, k and both halves of v at once
         if c.conv_kernel:
             self.conv_depthwise = nn.Parameter(torch.empty(channels, c.conv_kernel))
             self.conv_grouped = nn.Parameter(torch.empty(channels, K, c.conv_kernel))  # one group a head, K x K inside
         self.k_temperature = nn.Parameter(torch.empty(c.n_kv_head))
         self.norm = RMSNorm(self.latent, c.norm_eps)
-        self.out = nn.Linear(self.latent, c.dim, bias=False)
+        self.out = Linear(self.latent, c.dim)
 
     def new_state(self, B: int, S: int, like: Tensor) -> State:
         """Compressed keys and values for up to S tokens, and the constant tail that convolutions and shift look at."""
@@ -362,11 +380,13 @@ class MLA(nn.Module):
         self.latent = R = c.latent
         self.head_width = R // c.n_head
         self.rope_width = self.head_width // 2
-        self.down = nn.Linear(c.dim, R, bias=False)
+        self.down = Linear(c.dim, R)
         self.latent_norm = RMSNorm(R, c.norm_eps)
-        self.up = nn.Linear(R, 2 * R + R // 2 + self.rope_width, bias=False)  # W_q, W_uk, W_kr, W_uv in this order
+        # W_q, W_kr, W_uk, W_uv in this order: a decode step makes a product with the first two, and absorbs the others
+        self.up = Linear(R, 2 * R + R // 2 + self.rope_width)
+        self.up_query: nn.Module | None = None  # W_q and W_kr once more, packed: see `Hydra.pack`
         self.norm = RMSNorm(R, c.norm_eps)
-        self.out = nn.Linear(R, c.dim, bias=False)
+        self.out = Linear(R, c.dim)
 
     def new_state(self, B: int, S: int, like: Tensor) -> State:
         """For up to S tokens the normed latent and the shared rope key, side by side: R + K/2 values a token."""
@@ -378,7 +398,7 @@ class MLA(nn.Module):
         latent = self.latent_norm(self.down(x_BTD))
         if ctx.decode:
             return self.out(self.norm(self.absorbed(latent, ctx, state)))
-        q, k_nope, k_rope, v = self.up(latent).split((R, R // 2, self.rope_width, R), dim=-1)
+        q, k_rope, k_nope, v = self.up(latent).split((R, self.rope_width, R // 2, R), dim=-1)
         q_nope, q_rope = q.unflatten(-1, (H, -1)).chunk(2, dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), table)
         if state is not None:
@@ -391,9 +411,10 @@ class MLA(nn.Module):
         """A decode step -> [B, 1, R]. W_uk goes into the query and W_uv behind the read, so that the attention runs
         over the latents themselves (one key/value head, R + K/2 wide) and the past is never expanded."""
         H, R, table = self.n_head, self.latent, ctx.rope[self.rope_width]
-        W_q, W_uk, W_kr, W_uv = self.up.weight.to(latent.dtype).split((R, R // 2, self.rope_width, R))
-        q_nope, q_rope = F.linear(latent, W_q).unflatten(-1, (H, -1)).chunk(2, dim=-1)
-        k_rope = apply_rope(F.linear(latent, W_kr).unsqueeze(2), table)
+        W_query, W_uk, W_uv = self.up.weight.to(latent.dtype).split((R + self.rope_width, R // 2, R))
+        q, k_rope = (self.up_query(latent) if self.up_query else linear(latent, W_query)).tensor_split((R,), dim=-1)
+        q_nope, q_rope = q.unflatten(-1, (H, -1)).chunk(2, dim=-1)
+        k_rope = apply_rope(k_rope.unsqueeze(2), table)
         store(state["latent"], torch.cat((latent.unsqueeze(2), k_rope), dim=-1), ctx)
         q_latent = torch.einsum("bthk,hkr->bthr", q_nope, W_uk.unflatten(0, (H, -1)))
         q = torch.cat((q_latent, apply_rope(q_rope, table)), dim=-1)

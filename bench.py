@@ -62,9 +62,9 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def decoder(model: Hydra, B: int, past: int) -> Callable[[], None]:
+def decoder(model: Hydra, B: int, past: int, static: bool = False) -> Callable[[], None]:
     """One decode step of B rows at `past` tokens, in place. The state is random: its values do not change the time."""
-    state = model.new_state(B, past + 1)
+    state = model.new_state(B, past + 1 if not static else 1 << past.bit_length())
     for layer in state.layers:
         for tensor in layer.values():
             tensor.normal_()
@@ -72,7 +72,7 @@ def decoder(model: Hydra, B: int, past: int) -> Callable[[], None]:
 
     def step() -> None:
         state.pos_B.fill_(past)
-        state.visible = None if token.is_cuda else past
+        state.visible = None if static or token.is_cuda else past
         model.decode(token, state)
 
     return step
@@ -121,41 +121,51 @@ def decode_table(c: HydraConfig, b: BenchConfig, device: torch.device) -> list[d
           f"{count_params(mha):,}; state at {b.context} tokens in bf16 {kv_bytes(c, b.context) / 1e6:.1f} MB, "
           f"{kv_bytes(mha, b.context) / 1e6:.1f} MB", flush=True)  # fmt: skip
     print(f"\n{'dtype':9}{'batch':>6}{'ms/token':>10}{'tokens/s':>10}{'GB/s':>7}{'of copy':>9}"
-          f"{'(a) states':>12}{f'(b) at {b.context}':>13}{'(c) Llama':>11}", flush=True)  # fmt: skip
+          f"{'compiled':>10}{'of copy':>9}{'(a) states':>12}{f'(b) at {b.context}':>13}{'(c) Llama':>11}"
+          f"{'compiled':>10}", flush=True)  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(b.seed)
-        model, baseline = (Hydra(x).to(device, dtype).eval() for x in (c, mha))
+        model, baseline, compiled = (Hydra(x).to(device, dtype).eval() for x in (c, mha, c))
         model.pack()
         baseline.pack()
+        compiled.compile_decoding()
         peer = llama_like(c, dtype).to(device) if b.peers else None
         for B in (1, 8):
             prompts = torch.randint(0, c.vocab_size, (B, b.prompt_tokens), device=device)
             middle = torch.randint(0, c.vocab_size, (B, b.prompt_tokens + b.new_tokens // 2), device=device)
             lengths = torch.full((B,), b.prompt_tokens, device=device)
-            step = decoder(model, B, middle.size(1))
-            t = in_turns({"step": step}, b.rounds, device)["step"]
-            ms = statistics.median(t)
+            steps = {"eager": decoder(model, B, middle.size(1))}
+            if B == 1 or device.type == "cuda":  # on a CPU compiled is for one row
+                steps["compiled"] = decoder(compiled, B, middle.size(1), static=True)
+            t = in_turns(steps, b.rounds, device)
+            ms = statistics.median(t["eager"])
             size = count_params(c) * dtype.itemsize + B * kv_bytes(c, middle.size(1), dtype.itemsize)
             row = {"dtype": str(dtype), "batch": B, "ms": ms * 1e3, "tokens_per_s": B / ms, "GB_per_s": size / ms / 1e9,
                    "of_copy": size / ms / copy}  # fmt: skip
+            if "compiled" in t:
+                row["compiled_ms"] = statistics.median(t["compiled"]) * 1e3
+                row["compiled_of_copy"] = size / row["compiled_ms"] * 1e3 / copy
             # (a) all tokens with states, prefill included, against a full forward at the mean length for each
             once = {"prefill": partial(prefill_once, model, prompts, lengths), "uncached": partial(model, middle)}
             t = in_turns(once, 3 if B == 1 else 1, device)
             prefill, uncached = statistics.median(t["prefill"]), statistics.median(t["uncached"])
             row["a_states"] = b.new_tokens * uncached / (prefill + (b.new_tokens - 1) * ms)
-            steps = {"hybrid": decoder(model, B, b.context), "MHA": decoder(baseline, B, b.context)}
-            t = in_turns(steps, b.rounds, device)
+            past = {"hybrid": decoder(model, B, b.context), "MHA": decoder(baseline, B, b.context)}
+            t = in_turns(past, b.rounds, device)
             row["b_mha"] = ratio(t["MHA"], t["hybrid"])
             if peer:
-                both = {"ours": model, "peer": peer}
-                both = {name: generation(m, prompts, b.new_tokens) for name, m in both.items()}
-                t = in_turns(both, 2 if B == 1 else 1, device)
+                all_ = {"ours": model, "peer": peer} | ({"compiled": compiled} if "compiled" in steps else {})
+                t = in_turns({name: generation(m, prompts, b.new_tokens) for name, m in all_.items()}, 2, device)
                 row["c_llama"] = ratio(t["peer"], t["ours"])
+                if "compiled" in t:
+                    row["c_llama_compiled"] = ratio(t["peer"], t["compiled"])
                 row["peer_tokens_per_s"] = B * b.new_tokens / statistics.median(t["peer"])
             rows.append(row)
+            nan = float("nan")  # not measured
             print(f"{str(dtype).removeprefix('torch.'):9}{B:6}{row['ms']:10.1f}{row['tokens_per_s']:10.1f}"
-                  f"{row['GB_per_s']:7.1f}{row['of_copy']:9.0%}{row['a_states']:11.1f}x{row['b_mha']:12.2f}x"
-                  f"{row.get('c_llama', float('nan')):10.2f}x", flush=True)  # fmt: skip
+                  f"{row['GB_per_s']:7.1f}{row['of_copy']:9.0%}{row.get('compiled_ms', nan):10.1f}"
+                  f"{row.get('compiled_of_copy', nan):9.0%}{row['a_states']:11.1f}x{row['b_mha']:12.2f}x"
+                  f"{row.get('c_llama', nan):10.2f}x{row.get('c_llama_compiled', nan):9.2f}x", flush=True)  # fmt: skip
     return rows
 
 

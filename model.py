@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import CCQA, MLA, Context, RMSNorm, State, choose_backend, make_attention, make_context
+from attention import CCQA, MLA, Context, Linear, RMSNorm, State, choose_backend, linear, make_attention, make_context
 from configurator import UserError, need
 
 ALPHA = {"A": 1.0, "G": 1.0, "M": 1.0, "C": 0.5, "L": 0.5}  # scale of the attention's residual line
@@ -100,8 +100,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, c: HydraConfig):
         super().__init__()
-        self.gate_up = nn.Linear(c.dim, 2 * c.mlp_hidden, bias=False)
-        self.down = nn.Linear(c.mlp_hidden, c.dim, bias=False)
+        self.gate_up = Linear(c.dim, 2 * c.mlp_hidden)
+        self.down = Linear(c.mlp_hidden, c.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -202,6 +202,7 @@ class Hydra(nn.Module):
         self.rope_widths = {block.attn.rope_width for block in self.blocks}
         self.endless = config.window > 0 and set(config.layers) == {"M"}  # no layer keeps more than its window
         self.packed_head: PackedLinear | None = None  # see `pack`
+        self.decoders: list[nn.Module] = []  # see `compile_decoding`
         self.init_weights()
 
     @torch.no_grad()
@@ -250,17 +251,18 @@ class Hydra(nn.Module):
             raise UserError(f"{T} tokens do not fit: crop the text to block_size={self.config.block_size}")
         x_BTD = self.trunk(idx_BT, self.context(torch.arange(T, device=idx_BT.device)))
         if targets_BT is None:
-            return self.head(self.norm(x_BTD[:, -1:])), None
+            return self.head(x_BTD[:, -1:]), None
         return self.loss(self.norm(x_BTD), targets_BT)
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits of normed vectors: the embedding's rows are the head's."""
-        return self.packed_head(x) if self.packed_head else F.linear(x, self.embed.weight)
+        """Logits of the trunk's output: the embedding's rows are the head's."""
+        x = self.norm(x)
+        return self.packed_head(x) if self.packed_head else linear(x, self.embed.weight)
 
     def trunk(self, idx_BT: Tensor, ctx: Context, states: list[State] | None = None) -> Tensor:
         """Token ids [B, T] -> [B, T, D], before the final norm."""
         x_BTD = self.embed(idx_BT)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.decoders if ctx.decode and self.decoders else self.blocks):
             x_BTD = block(x_BTD, ctx, states[i] if states else None)
         return x_BTD
 
@@ -286,11 +288,19 @@ class Hydra(nn.Module):
         if self.embed.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return
         for module in list(self.modules()):
+            if isinstance(module, MLA):  # a decode step absorbs the rest of `up`, which stays for the prefill
+                module.up_query = PackedLinear(module.up.weight[: module.latent + module.rope_width])
             for name, child in module.named_children():
-                sliced = isinstance(module, MLA) and name == "up"  # a decode step absorbs its parts
-                if isinstance(child, nn.Linear) and not sliced:
+                if isinstance(child, nn.Linear) and not (isinstance(module, MLA) and name == "up"):
                     setattr(module, name, PackedLinear(child.weight))
         self.packed_head = PackedLinear(self.embed.weight)
+
+    def compile_decoding(self) -> None:
+        """Compile the decode step block by block, and the head. `generate` then uses static shapes. On a CPU this is
+        for one long text: it takes 10-20 s once, and for several rows the product of `pack` is better."""
+        torch._dynamo.config.recompile_limit = 64  # letters x lengths of the state, and all share Block.forward
+        self.decoders = [torch.compile(block, fullgraph=True, dynamic=False) for block in self.blocks]
+        self.head = torch.compile(self.head, fullgraph=True, dynamic=False)
 
     def new_state(self, B: int, S: int) -> "Decoding":
         """An empty state for B texts of up to S tokens each, in the dtype that the model computes in. Its size is
@@ -307,18 +317,18 @@ class Hydra(nn.Module):
         x_BTD = self.trunk(idx_BT, ctx, state.layers)
         state.pos_B.copy_(lengths_B)
         last = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), lengths_B - 1]
-        return self.head(self.norm(last))
+        return self.head(last)
 
     def decode(self, token_B: Tensor, state: "Decoding") -> Tensor:
         """One more token for every row -> logits [B, V]. No sync and no shape that grows where state.visible is None,
         so that it compiles to one graph and can be captured; on a CPU the views up to `visible` are faster."""
         visible = None if state.visible is None else state.visible + 1
         ctx = make_context(state.pos_B[:, None], self.rope_widths, self.config.rope_theta)
-        ctx = ctx._replace(decode=True, visible=visible, uniform=state.uniform)
+        ctx = ctx._replace(decode=True, visible=visible, uniform=state.uniform and visible is not None)
         x_BTD = self.trunk(token_B[:, None], ctx, state.layers)
         state.pos_B += 1
         state.visible = visible
-        return self.head(self.norm(x_BTD[:, -1]))
+        return self.head(x_BTD[:, -1])
 
     @torch.no_grad()
     def generate(
@@ -331,8 +341,8 @@ class Hydra(nn.Module):
         prompts: token ids [B, T], or a list of B tensors [T_b] of different lengths, at least one token each; no row
         sees another or its padding. temperature, top_k, top_p: see `pick`. stop: a token id that ends its row, which
         then yields only that id; the last row's end ends the generation. static: shapes that do not follow the text,
-        for compiled or graph-captured `prefill` and `decode`; None = on CUDA. Raises UserError where the text would
-        outgrow block_size, unless every layer has a window.
+        for compiled or graph-captured steps; None = on CUDA and after `compile_decoding`. Raises UserError where the
+        text would outgrow block_size, unless every layer has a window.
         """
         rows = list(prompts)
         longest, shortest = max(map(len, rows), default=0), min(map(len, rows), default=0)
@@ -344,7 +354,7 @@ class Hydra(nn.Module):
                             f"block_size={limit}: ask for fewer, or shorten the prompt")  # fmt: skip
         device = self.embed.weight.device
         idx_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        static = device.type == "cuda" if static is None else static
+        static = device.type == "cuda" or bool(self.decoders) if static is None else static
         if static:  # lengths are powers of two, so that few shapes are ever compiled
             slots = 1 << (slots - 1).bit_length()
             idx_BT = F.pad(idx_BT, (0, (1 << (longest - 1).bit_length()) - longest))

@@ -18,7 +18,7 @@ import torch
 from configurator import UserError, build, cli, need, parse
 from data import decode, get_tokenizer, token_text
 from model import Hydra, HydraConfig, count_params, kv_bytes, tail_bytes
-from train import copy_bandwidth, load_checkpoint, pick_device, pick_dtype, sync
+from train import copy_bandwidth, load_checkpoint, pick_compile, pick_device, pick_dtype, sync
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class SampleConfig:
     seed: int = 1337  # of the sampling
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: str = "auto"  # auto, float32 or bfloat16 (of the weights too)
+    compile: str = "off"  # on = compile the decode step: 10-20 s once; on a CPU for a single long text
 
     def __post_init__(self):
         need(self, "checkpoint", self.checkpoint in ("best", "last"), "use best or last")
         need(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "use auto, float32 or bfloat16")
+        need(self, "compile", self.compile in ("on", "off"), "use on or off")
         need(self, "top_p", 0 < self.top_p <= 1, "choose a value above 0 and at most 1")
         need(self, "num_samples", self.num_samples >= 1, "it must be at least 1")
         for name in ("max_new_tokens", "temperature", "top_k", "seed"):
@@ -70,7 +72,11 @@ def load_model(c: SampleConfig, device: torch.device):
     model = Hydra(config).to(device).eval()
     model.load_state_dict(checkpoint["model"])
     dtype, _ = pick_dtype(c.dtype, device, config.dim)
-    model.to(dtype).pack()
+    model.to(dtype)
+    if c.compile == "on":
+        model.compile_decoding()
+    else:
+        model.pack()
     return model, get_tokenizer(checkpoint["train_config"]["tokenizer"])
 
 
@@ -80,6 +86,9 @@ def main(argv: list[str]) -> int:
     prompts = read_prompts(c.prompt_file) if c.prompt_file else given or [c.prompt]
     prompts = [prompt for prompt in prompts for _ in range(c.num_samples)]
     device = pick_device(c.device)
+    pick_compile(c.compile, device, 0)
+    if c.compile == "on" and device.type == "cpu" and len(prompts) > 1:
+        raise UserError(f"compile='on': on a CPU {len(prompts)} texts at once are slower compiled: use compile=off")
     model, enc = load_model(c, device)
     rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
     generator = torch.Generator(device).manual_seed(c.seed)

@@ -257,7 +257,7 @@ def evaluate(model: Hydra, tokens: np.ndarray, bytes_V: torch.Tensor, batch_size
 
 
 def sample_text(model: Hydra, enc, prompt: str, tokens: int, seed: int, device: torch.device) -> str:
-    """`prompt` and its continuation, up to the end of the block. Eager: a CPU decodes no faster compiled."""
+    """`prompt` and its continuation, up to the end of the block. Eager: it is too short to earn a compilation back."""
     ids = (enc.encode_ordinary(prompt) or [enc.eot_token])[: model.config.block_size]
     generator = torch.Generator(device).manual_seed(seed)
     tokens = min(tokens, model.config.block_size - len(ids))

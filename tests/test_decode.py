@@ -185,3 +185,22 @@ def test_compiled_decoding_equals_eager():
     net.decode = torch.compile(net.decode, fullgraph=True)
     got = torch.stack(list(net.generate(tokens(2, 9), 12, temperature=0.0, static=True)))
     assert torch.equal(got, expected)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_blocks_compiled_for_decoding_equal_eager():
+    """Also for one row, whose products are sums then: no library product is left in the step's graph."""
+    torch._dynamo.reset()
+    net = make(pattern="MCL", window=6)
+    texts = [tokens(1, 9), tokens(2, 9)]
+    expected = [torch.stack(list(net.generate(text, 12, temperature=0.0))) for text in texts]
+    net.compile_decoding()
+    for text, want in zip(texts, expected, strict=True):
+        assert torch.equal(torch.stack(list(net.generate(text, 12, temperature=0.0))), want)
+    state = net.new_state(1, 32)
+    state.visible = None
+    with torch.profiler.profile() as profile:
+        net.decode(torch.zeros(1, dtype=torch.long), state)
+    called = {event.key for event in profile.key_averages()}
+    assert not called & {"aten::linear", "aten::mm", "aten::addmm", "aten::mv"}, called
