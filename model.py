@@ -118,7 +118,7 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.packed.dtype), self.packed, None, "none", [], "")
 
 
 class Block(nn.Module):
@@ -183,8 +183,10 @@ class Decoding:
 
     layers: list[State]
     pos_B: Tensor  # int64 [B], tokens of each row so far: the position of its next one
-    visible: int | None  # the longest row's, known without asking the device; None = all slots are read, masked
-    uniform: bool = True  # all rows have `visible` tokens
+    slots: int  # tokens that a row may have
+    # what the caller may say without asking the device, for views and plain writes, which a CPU is faster with:
+    visible: int | None = None  # the longest row's tokens; None = all slots are read, masked
+    uniform: bool = False  # all rows have `visible` tokens
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.values())
@@ -308,11 +310,16 @@ class Hydra(nn.Module):
         weight = self.embed.weight
         like = weight.new_empty((), dtype=compute_dtype(weight))
         layers = [block.attn.new_state(B, S, like) for block in self.blocks]
-        return Decoding(layers, torch.zeros(B, dtype=torch.int64, device=weight.device), 0)
+        return Decoding(layers, torch.zeros(B, dtype=torch.int64, device=weight.device), S)
+
+    def _check_room(self, tokens: int, state: "Decoding") -> None:
+        if tokens > state.slots and not self.endless:
+            raise UserError(f"{tokens} tokens do not fit into a state of {state.slots}: ask new_state for more")
 
     def prefill(self, idx_BT: Tensor, lengths_B: Tensor, state: "Decoding") -> Tensor:
         """Token ids [B, T], row b's first lengths_B[b] >= 1 are its text, into an empty state -> logits [B, V] behind
         each text. Padding on the right is never seen: the model is causal, and decoding overwrites it."""
+        self._check_room(idx_BT.size(1), state)
         ctx = self.context(torch.arange(idx_BT.size(1), device=idx_BT.device))._replace(lengths=lengths_B)
         x_BTD = self.trunk(idx_BT, ctx, state.layers)
         state.pos_B.copy_(lengths_B)
@@ -323,6 +330,7 @@ class Hydra(nn.Module):
         """One more token for every row -> logits [B, V]. No sync and no shape that grows where state.visible is None,
         so that it compiles to one graph and can be captured; on a CPU the views up to `visible` are faster."""
         visible = None if state.visible is None else state.visible + 1
+        self._check_room(visible or 0, state)
         ctx = make_context(state.pos_B[:, None], self.rope_widths, self.config.rope_theta)
         ctx = ctx._replace(decode=True, visible=visible, uniform=state.uniform and visible is not None)
         x_BTD = self.trunk(token_B[:, None], ctx, state.layers)
@@ -341,9 +349,10 @@ class Hydra(nn.Module):
         prompts: token ids [B, T], or a list of B tensors [T_b] of different lengths, at least one token each; no row
         sees another or its padding. temperature, top_k, top_p: see `pick`. stop: a token id that ends its row, which
         then yields only that id; the last row's end ends the generation. static: shapes that do not follow the text,
-        for compiled or graph-captured steps; None = on CUDA and after `compile_decoding`. Raises UserError where the
-        text would outgrow block_size, unless every layer has a window.
+        for compiled or graph-captured steps; None = on CUDA and after `compile_decoding`. Raises UserError for values
+        that cannot be, and where the text would outgrow block_size, unless every layer has a window.
         """
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
         rows = list(prompts)
         longest, shortest = max(map(len, rows), default=0), min(map(len, rows), default=0)
         slots, limit = longest + max_new_tokens, self.config.block_size
@@ -380,6 +389,18 @@ class Hydra(nn.Module):
         chosen = set(map(id, vectors))
         matrices = [p for p in self.parameters() if id(p) not in chosen]
         return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """UserError for values of `Hydra.generate` that cannot be."""
+    for name, value, good, remedy in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "it must not be negative"),
+        ("temperature", temperature, temperature == 0 or temperature >= 1e-3, "use 0 (the likeliest token) or more"),
+        ("top_k", top_k, top_k >= 0, "use 0 (all tokens) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "choose a value above 0 and at most 1"),
+    ):
+        if not good:
+            raise UserError(f"{name}={value!r}: {remedy}")
 
 
 def pick(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError, build, cli, need, parse
 from data import decode, get_tokenizer, token_text
-from model import Hydra, HydraConfig, count_params, kv_bytes, tail_bytes
+from model import Hydra, HydraConfig, check_sampling, count_params, kv_bytes, tail_bytes
 from train import copy_bandwidth, load_checkpoint, pick_compile, pick_device, pick_dtype, sync
 
 
@@ -28,7 +28,7 @@ class SampleConfig:
     out_dir: str = "out"  # folder of the run
     checkpoint: str = "best"  # which of its checkpoints: best (lowest validation loss) or last
     prompt: str = "import"  # text to go on from; may be given several times
-    prompt_file: str = ""  # a text file of prompts, one a line, instead
+    prompt_file: str = ""  # a text file of prompts, one a line, instead; blank lines do not count
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 200  # tokens to generate; an end of text ends it earlier
     temperature: float = 0.8  # above 1 flattens the distribution, below 1 sharpens it, 0 takes the likeliest token
@@ -43,21 +43,18 @@ class SampleConfig:
         need(self, "checkpoint", self.checkpoint in ("best", "last"), "use best or last")
         need(self, "dtype", self.dtype in ("auto", "float32", "bfloat16"), "use auto, float32 or bfloat16")
         need(self, "compile", self.compile in ("on", "off"), "use on or off")
-        need(self, "top_p", 0 < self.top_p <= 1, "choose a value above 0 and at most 1")
         need(self, "num_samples", self.num_samples >= 1, "it must be at least 1")
-        for name in ("max_new_tokens", "temperature", "top_k", "seed"):
-            need(self, name, getattr(self, name) >= 0, "it must not be negative")
-        need(self, "temperature", self.temperature == 0 or self.temperature >= 1e-3, "use 0 for the likeliest token")
-        need(self, "seed", self.seed < 2**63, "choose one below 2**63")
+        need(self, "seed", 0 <= self.seed < 2**63, "choose one from 0 to 2**63 - 1")
+        check_sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p)
 
 
 def read_prompts(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file={path!r}: {error}: give a UTF-8 text file with one prompt a line") from error
     if not lines:
-        raise UserError(f"prompt_file={path!r}: it is empty: give a text file with one prompt a line")
+        raise UserError(f"prompt_file={path!r}: it is blank: give a text file with one prompt a line")
     return lines
 
 
@@ -80,9 +77,23 @@ def load_model(c: SampleConfig, device: torch.device):
     return model, get_tokenizer(checkpoint["train_config"]["tokenizer"])
 
 
+def report(model: Hydra, prompts: list[int], made: int, steps: int, seconds: float, copy: float) -> str:
+    """How fast the tokens behind each row's first one came: `made` tokens in all, `steps` of them in the longest row,
+    behind prompts of so many tokens; `copy` is the copy bandwidth in bytes/s."""
+    size = model.embed.weight.element_size()
+    # a step reads all weights and what the states hold by then: on average half of the new tokens
+    state = [sum(kv_bytes(model.config, n + new, size) for n in prompts) for new in (steps // 2, steps - 1)]
+    rate = (steps - 1) * (count_params(model.config) * size + state[0]) / seconds
+    tail = len(prompts) * tail_bytes(model.config, size)
+    return (f"{made} tokens, {(made - len(prompts)) / seconds:.1f} tokens/s, {rate / 1e9:.3g} GB/s read of weights and "
+            f"state, {rate / copy:.0%} of this machine's copy bandwidth ({copy / 1e9:.1f} GB/s); the state holds "
+            f"{state[1] + tail:,} bytes")  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
     (c,) = build(parse(argv, SampleConfig, doc=__doc__), SampleConfig)
-    given = [parse([arg], SampleConfig)["prompt"] for arg in argv if arg.startswith("--prompt=")]
+    given = [arg.partition("=")[2] if "=" in arg else argv[i + 1]
+             for i, arg in enumerate(argv) if arg.partition("=")[0] == "--prompt"]  # fmt: skip
     prompts = read_prompts(c.prompt_file) if c.prompt_file else given or [c.prompt]
     prompts = [prompt for prompt in prompts for _ in range(c.num_samples)]
     device = pick_device(c.device)
@@ -97,31 +108,26 @@ def main(argv: list[str]) -> int:
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be cut between two tokens
     texts: list[list[int]] = [[] for _ in rows]
     times, live = [], True
-    print(prompts[0], end="", flush=True)
     for token_B in steps:
         sync(device)
+        if not times:  # what cannot be generated has raised by now
+            print(prompts[0], end="")
         times.append(time.perf_counter())
         tokens = token_B.tolist()
         for text, token in zip(texts, tokens, strict=True):
             text.append(token)
         live = live and tokens[0] != enc.eot_token
-        if live:
-            print(utf8.decode(token_text(enc, tokens[0])), end="", flush=True)
-    print(utf8.decode(b"", final=True))
-    for prompt, text in list(zip(prompts, texts, strict=True))[1:]:
-        end = text.index(enc.eot_token) if enc.eot_token in text else len(text)
+        print(utf8.decode(token_text(enc, tokens[0])) if live else "", end="", flush=True)
+    print(utf8.decode(b"", final=True) if times else prompts[0])
+    ends = [text.index(enc.eot_token) if enc.eot_token in text else len(text) for text in texts]
+    for prompt, text, end in list(zip(prompts, texts, ends, strict=True))[1:]:
         print("-" * 30 + f"\n{prompt}{decode(enc, text[:end])}")
-
-    if len(times) > 1:  # the first token is the prefill's
-        seconds = (times[-1] - times[0]) / (len(times) - 1)
-        size = model.embed.weight.element_size()
-        weights = count_params(model.config) * size
-        longest = max(map(len, rows)) + len(times)
-        cache = len(rows) * (kv_bytes(model.config, longest, size) + tail_bytes(model.config, size))
-        rate, copy = (weights + cache) / seconds, copy_bandwidth(device)
-        print(f"{len(rows)} x {len(times)} tokens, {len(rows) / seconds:.1f} tokens/s, {rate / 1e9:.1f} GB/s read of "
-              f"weights and state, {rate / copy:.0%} of this machine's copy bandwidth ({copy / 1e9:.1f} GB/s); state "
-              f"{cache:,} bytes", file=sys.stderr)  # fmt: skip
+    made = sum(min(end + 1, len(times)) for end in ends)  # an end of text is a token too, what follows it is not
+    if len(times) > 1:
+        seconds = times[-1] - times[0]  # the first token of each row is the prefill's
+        print(report(model, list(map(len, rows)), made, len(times), seconds, copy_bandwidth(device)), file=sys.stderr)
+    else:
+        print(f"{made} tokens, too few to time", file=sys.stderr)
     return 0
 
 

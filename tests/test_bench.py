@@ -14,7 +14,7 @@ TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--n_layer
 
 
 def test_decode_measures_every_dtype_and_batch(tmp_path, capsys):
-    assert bench.main(["decode", *TINY, f"--json={tmp_path / 'bench.json'}"]) == 0
+    assert bench.main(["decode", *TINY, "--pattern=M", f"--json={tmp_path / 'bench.json'}"]) == 0
     result, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
     assert [(r["dtype"], r["batch"]) for r in result["decode"]] == [
         ("torch.float32", 1), ("torch.float32", 8), ("torch.bfloat16", 1), ("torch.bfloat16", 8)]  # fmt: skip

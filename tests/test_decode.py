@@ -78,8 +78,9 @@ def test_greedy_text_is_the_same_with_and_without_states(pattern):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_weights_give_the_same_logits(dtype):
+    """Under autocast too, which then has no say."""
     net, text = make().to(dtype), tokens(2, 9)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         expected = net(text)[0][:, -1]
         net.pack()
         state = net.new_state(2, 16)
@@ -136,6 +137,8 @@ def test_past_the_block_is_an_error_unless_every_layer_has_a_window():
     # two layers see 15 tokens: the last token follows from those alone, at positions far beyond the block
     tail = torch.cat((text[0], long))[-16:-1]
     assert net(tail[None])[0].argmax() == long[-1]
+    wide = make(pattern="M", window=8, n_layer=2, block_size=128)
+    assert torch.equal(torch.cat(list(wide.generate(text, 100, temperature=0.0))), long)
     assert net.new_state(1, 110).bytes() == kv_bytes(net.config, 110, 4) == kv_bytes(net.config, 8, 4)
 
 
@@ -144,6 +147,25 @@ def test_a_prompt_without_tokens_is_an_error():
         with pytest.raises(UserError, match="no token"):
             next(make().generate(prompts, 3))
     assert list(make().generate(tokens(1, 3), 0)) == []
+
+
+def test_sampling_values_that_cannot_be_are_errors():
+    for name, value in (("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("temperature", -1.0), ("temperature", 1e-40),
+                        ("max_new_tokens", -9)):  # fmt: skip
+        with pytest.raises(UserError, match=f"{name}={value}: "):
+            next(make().generate(tokens(1, 3), **{"max_new_tokens": 3} | {name: value}))
+
+
+@torch.no_grad()
+def test_a_state_that_is_full_is_an_error():
+    net, text = make(), tokens(2, 9)
+    with pytest.raises(UserError, match="9 tokens do not fit into a state of 8"):
+        net.prefill(text, torch.tensor([9, 9]), net.new_state(2, 8))
+    state = net.new_state(2, 8)
+    net.prefill(text[:, :8], torch.tensor([8, 8]), state)
+    state.visible = 8
+    with pytest.raises(UserError, match="9 tokens do not fit into a state of 8"):
+        net.decode(text[:, 8], state)
 
 
 @torch.no_grad()
@@ -170,7 +192,6 @@ def test_a_decode_step_asks_the_device_for_nothing():
     with FakeTensorMode():
         net = Hydra(HydraConfig(**SHAPE))
         state = net.new_state(2, 32)
-        state.visible, state.uniform = None, False
         for _ in range(2):
             assert net.decode(torch.zeros(2, dtype=torch.long), state).shape == (2, 97)
 
@@ -199,7 +220,6 @@ def test_blocks_compiled_for_decoding_equal_eager():
     for text, want in zip(texts, expected, strict=True):
         assert torch.equal(torch.stack(list(net.generate(text, 12, temperature=0.0))), want)
     state = net.new_state(1, 32)
-    state.visible = None
     with torch.profiler.profile() as profile:
         net.decode(torch.zeros(1, dtype=torch.long), state)
     called = {event.key for event in profile.key_averages()}

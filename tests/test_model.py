@@ -227,7 +227,7 @@ def test_training_forward_is_one_graph_without_recompiles(pattern):
     assert counter.frame_count == 1
 
 
-def test_blocks_of_one_letter_share_their_graph(monkeypatch):
+def test_blocks_of_one_letter_share_their_graph():
     """Compiled block by block, 16 layers of 3 letters cost 3 compilations; all letters, trained and evaluated, fit."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -239,14 +239,14 @@ def test_blocks_of_one_letter_share_their_graph(monkeypatch):
     for step in range(2):
         net(*batch(seed=step))[1].backward()
     assert counter.frame_count == 3
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # as train.py does
-    net = make("AGMCL", n_layer=10)
-    for block in net.blocks:
-        block.compile(backend=counter, fullgraph=True)
-    for step in range(2):
-        net(*batch(seed=step))[1].backward()
-        with torch.no_grad():
-            net(*batch(seed=step))
+    with torch._dynamo.config.patch(recompile_limit=64):  # as train.py does
+        net = make("AGMCL", n_layer=10)
+        for block in net.blocks:
+            block.compile(backend=counter, fullgraph=True)
+        for step in range(2):
+            net(*batch(seed=step))[1].backward()
+            with torch.no_grad():
+                net(*batch(seed=step))
     assert counter.frame_count == 3 + 7  # A and G trained, five evaluated; the other three are there already
 
 

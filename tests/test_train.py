@@ -20,7 +20,7 @@ import sample
 import train
 from configurator import UserError, build, field_comments, parse
 from data import get_batch, prepare
-from model import Hydra, HydraConfig, count_params, kv_bytes, tail_bytes
+from model import Hydra, HydraConfig, PackedLinear, count_params, kv_bytes, tail_bytes
 from train import TrainConfig, learning_rate_at
 
 ROOT = Path(train.__file__).parent
@@ -438,7 +438,7 @@ def test_sample_continues_a_prompt_repeatably(tmp_path, capsys):
 def test_sample_takes_several_prompts_and_reports_its_speed(tmp_path, capsys):
     """Every text in its place, greedy ones as each gives alone; the report goes to stderr."""
     train.main(options(tmp_path, "run", max_iters=2))
-    (tmp_path / "prompts.txt").write_text("ab\nimport é\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffab\n \nimport é\n")
     args = [f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=9", "--temperature=0", "--dtype=float32"]
 
     def run(*more: str) -> tuple[str, str]:
@@ -448,15 +448,46 @@ def test_sample_takes_several_prompts_and_reports_its_speed(tmp_path, capsys):
 
     one, two = run("--prompt=ab")[0], run("--prompt=import é")[0]
     both = one + "-" * 30 + "\n" + two
-    assert run("--prompt=ab", "--prompt=import é")[0] == both == run(f"--prompt_file={tmp_path / 'prompts.txt'}")[0]
+    prompts = f"--prompt_file={tmp_path / 'prompts.txt'}"
+    assert run("--prompt=ab", "--prompt", "import é")[0] == both == run(prompts)[0]
     assert run("--prompt=ab", "--num_samples=3")[0] == ("-" * 30 + "\n").join([one] * 3)
-    err = run("--prompt=ab", "--num_samples=3")[1]
-    for words in ("3 x 9 tokens", "tokens/s", "GB/s", "copy bandwidth", "bytes"):
-        assert words in err, words
-    config = HydraConfig(**torch.load(tmp_path / "run" / "best.pt", weights_only=True)["model_config"])
-    assert f"state {3 * (kv_bytes(config, 11, 4) + tail_bytes(config, 4)):,} bytes" in err
+    assert "24 tokens" in run("--prompt=ab", "--num_samples=3", "--max_new_tokens=8")[1]
+    assert "2 tokens, too few to time" in run(prompts, "--max_new_tokens=1")[1]
     with pytest.raises(UserError, match="prompt_file='/no/such': .*one prompt a line"):
         run("--prompt_file=/no/such")
+    with pytest.raises(UserError, match="compile='on': on a CPU 2 texts"):
+        run(prompts, "--compile=on")
+
+
+def test_sample_prints_each_token_as_it_comes_up_to_the_end_of_text(tmp_path, capsys, monkeypatch):
+    """In UTF-8 that is cut between tokens; what cannot be generated raises before anything is printed."""
+    train.main(options(tmp_path, "run", max_iters=2))
+    args = [f"--out_dir={tmp_path / 'run'}", "--prompt=a", "--prompt=b"]
+    capsys.readouterr()
+    with pytest.raises(UserError, match="block_size"):
+        sample.main([*args, "--max_new_tokens=99"])
+    assert capsys.readouterr().out == ""
+    seen = []
+
+    def tokens(self, *_):
+        assert isinstance(self.blocks[0].attn.out, PackedLinear)
+        for pair in zip([*"é".encode(), *b"x", 256, *b"z"], [*b"yyy", 256, *b"z"], strict=True):
+            yield torch.tensor(pair)
+            seen.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(Hydra, "generate", tokens)
+    sample.main(args)
+    assert seen == ["a", "é", "x", "", ""] and capsys.readouterr().out == "\n" + "-" * 30 + "\nbyyy\n"
+
+
+def test_the_report_of_a_generation():
+    """Rates of what happened after the first tokens; the state at its end, without the last token of each row."""
+    config = HydraConfig(vocab_size=257, block_size=32, dim=32, n_head=2, n_kv_head=1, compression=2)
+    line = sample.report(Hydra(config), [3, 5], made=17, steps=11, seconds=2.0, copy=1e9)
+    state = [sum(kv_bytes(config, n + new, 4) for n in (3, 5)) for new in (5, 10)]
+    rate = 10 * (4 * count_params(config) + state[0]) / 2.0
+    assert f"17 tokens, {15 / 2:.1f} tokens/s, {rate / 1e9:.3g} GB/s" in line and f" {rate / 1e9:.0%} of" in line
+    assert f"holds {state[1] + 2 * tail_bytes(config, 4):,} bytes" in line
 
 
 @pytest.mark.parametrize("changes, words", [
