@@ -14,7 +14,7 @@ where MQA has a window), for CCQA the compressed ones and a constant tail, for M
 Left out: biases, dropout, non-causal and cross attention, q/k widths that differ from the v width.
 
 Letters in shapes (a suffix names its tensor's axes, `q_BTHK`):
-    B batch        D model width            K head width, D/H (A, G, M), L/H (C), R/H (L)
+    B batch        D model width            K head width, D/H (A, G, M), L/H or latent_head_dim (C), R/H (L)
     T tokens       H query heads            L latent width of CCQA, D / compression
     N H + G        G key/value heads        R latent width of MLA, D * latent_ratio
     W window       kappa G * K, the width of all keys
@@ -282,10 +282,9 @@ class CCQA(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n_head, self.n_kv_head, self.asked = c.n_head, c.n_kv_head, c.attn_backend
-        self.latent = c.dim // c.compression
-        self.head_width = self.rope_width = K = self.latent // c.n_head
-        self.kappa = c.n_kv_head * K
+        self.n_head, self.n_kv_head, self.head_width = H, G, K = c.ccqa_heads
+        self.rope_width, self.asked = K, c.attn_backend
+        self.latent, self.kappa = H * K, G * K
         self.conv_kernel, self.qk_gain, self.value_shift, self.eps = c.conv_kernel, c.qk_gain, c.value_shift, c.norm_eps
         self.reach = 2 * max(0, c.conv_kernel - 1)  # tokens that the convolutions see behind the present one
         channels = self.latent + self.kappa
@@ -293,7 +292,7 @@ class CCQA(nn.Module):
         if c.conv_kernel:
             self.conv_depthwise = nn.Parameter(torch.empty(channels, c.conv_kernel))
             self.conv_grouped = nn.Parameter(torch.empty(channels, K, c.conv_kernel))  # one group a head, K x K inside
-        self.k_temperature = nn.Parameter(torch.empty(c.n_kv_head))
+        self.k_temperature = nn.Parameter(torch.empty(G))
         self.norm = RMSNorm(self.latent, c.norm_eps)
         self.out = Linear(self.latent, c.dim)
 

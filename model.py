@@ -39,6 +39,7 @@ class HydraConfig:
     pattern: str = "MMCCCLML"  # attention of each layer: A MHA, G GQA, M MQA, C CCQA, L MLA
     mlp_ratio: float = 2.0  # SwiGLU's hidden width over D, rounded up to a multiple of 256
     compression: int = 4  # C, CCQA's latent is D/C wide
+    latent_head_dim: int = 0  # width of CCQA's heads, 0 = D/C/n_head; wider ones are fewer, at the same latent
     conv_kernel: int = 3  # taps of each of CCQA's two causal convolutions, 0 = no convolution
     qk_gain: float = 0.25  # gain of CCQA's QK-mean coupling, 0 to 0.5, 0 = no coupling
     value_shift: bool = True  # half of CCQA's values come from the previous token
@@ -51,8 +52,8 @@ class HydraConfig:
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "dim", "n_head", "n_kv_head", "n_layer", "compression"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
-        for name in ("conv_kernel", "window"):
-            need(self, name, getattr(self, name) >= 0, "it must be 0 (off) or positive")
+        for name in ("conv_kernel", "window", "latent_head_dim"):
+            need(self, name, getattr(self, name) >= 0, "it must be 0 or positive")
         for name in ("mlp_ratio", "rope_theta", "norm_eps"):
             need(self, name, getattr(self, name) > 0, "it must be positive")
         need(self, "pattern", len(self.pattern) > 0, "name at least one layer, such as MMCCCLML")
@@ -69,7 +70,11 @@ class HydraConfig:
             need(self, "n_kv_head", H % self.n_kv_head == 0, f"it must divide n_head={H}")
         if letters & set("AGM"):
             need(self, "dim", D % (2 * H) == 0, f"heads need an even width: use a multiple of 2*n_head={2 * H}")
-        if "C" in letters:
+        if "C" in letters and self.latent_head_dim:
+            fits = D % self.compression == 0 and D // self.compression % self.latent_head_dim == 0
+            remedy = f"CCQA's heads need an even width that divides dim/compression={D / self.compression:g}"
+            need(self, "latent_head_dim", fits and self.latent_head_dim % 2 == 0, remedy)
+        elif "C" in letters:
             unit = 2 * H * self.compression
             remedy = f"CCQA's heads need an even width: use a multiple of 2*n_head*compression={unit}"
             need(self, "dim", D % unit == 0, f"{remedy}, or another compression")
@@ -88,6 +93,16 @@ class HydraConfig:
     @property
     def mlp_hidden(self) -> int:
         return math.ceil(self.mlp_ratio * self.dim / 256) * 256
+
+    @property
+    def ccqa_heads(self) -> tuple[int, int, int]:
+        """(H, G, K) of CCQA. Heads of another width than the default's keep the group ratio as far as it divides: G is
+        the divisor of H that is nearest to it, by its logarithm."""
+        L, ratio = self.dim // self.compression, self.n_head / self.n_kv_head
+        K = self.latent_head_dim or L // self.n_head
+        H = L // K
+        G = min((g for g in range(1, H + 1) if H % g == 0), key=lambda g: abs(math.log(H / g / ratio)))
+        return H, G, K
 
     @property
     def latent(self) -> int:
@@ -427,15 +442,15 @@ def kv_heads(c: HydraConfig, letter: str) -> int:
 
 def attention_params(c: HydraConfig, letter: str) -> int:
     """Parameters of one attention, its pre-out norm included, the block's norms not."""
-    D, H, L, R = c.dim, c.n_head, c.dim // c.compression, c.latent
+    D, H, R = c.dim, c.n_head, c.latent
     if letter in "AGM":
         G = kv_heads(c, letter)
         return 2 * D * D + 2 * D * G * (D // H) + D
     if letter == "C":
-        K = L // H
-        kappa = c.n_kv_head * K
+        H, G, K = c.ccqa_heads
+        L, kappa = H * K, G * K
         convolutions = c.conv_kernel * (L + kappa) * (1 + K)
-        return 2 * D * L + 2 * D * kappa + convolutions + c.n_kv_head + L
+        return 2 * D * L + 2 * D * kappa + convolutions + G + L
     return 2 * D * R + R * (2 * R + R // 2 + R // H // 2) + 2 * R
 
 
@@ -447,14 +462,14 @@ def count_params(c: HydraConfig) -> int:
 
 def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
     """Forward FLOPs of one attention per token, two a multiply-add, over the causal mean of T/2 keys."""
-    D, H, L, R, W = c.dim, c.n_head, c.dim // c.compression, c.latent, c.window
+    D, H, R, W = c.dim, c.n_head, c.latent, c.window
     if letter in "AGM":
         G = kv_heads(c, letter)
         keys = W * (1 - W / (2 * T)) if letter == "M" and 0 < W < T else T / 2
         return 4 * D * D + 4 * D * G * (D // H) + 4 * keys * D
     if letter == "C":
-        K = L // H
-        kappa = c.n_kv_head * K
+        H, G, K = c.ccqa_heads
+        L, kappa = H * K, G * K
         return 4 * D * L + 4 * D * kappa + 2 * c.conv_kernel * (L + kappa) * (1 + K) + 2 * T * L
     return 4 * D * R + 2 * R * (2 * R + R // 2 + R // H // 2) + 2 * T * R
 
@@ -471,7 +486,7 @@ def state_values(c: HydraConfig, letter: str) -> int:
     if letter in "AGM":
         return 2 * kv_heads(c, letter) * (D // H)
     if letter == "C":
-        return 2 * c.n_kv_head * (D // c.compression // H)
+        return 2 * math.prod(c.ccqa_heads[1:])
     return c.latent + c.latent // H // 2
 
 
@@ -484,6 +499,7 @@ def kv_bytes(c: HydraConfig, T: int, itemsize: int = 2) -> int:
 
 def tail_bytes(c: HydraConfig, itemsize: int = 2) -> int:
     """Bytes of CCQA's constant tails of one sequence: 2*(conv_kernel-1) rows of q and k, one row of shifted values."""
-    L, kappa = c.dim // c.compression, c.n_kv_head * (c.dim // c.compression // c.n_head)
+    H, G, K = c.ccqa_heads
+    L, kappa = H * K, G * K
     rows = 2 * max(0, c.conv_kernel - 1)
     return itemsize * c.layers.count("C") * (rows * (L + kappa) + c.value_shift * kappa // 2)

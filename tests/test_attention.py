@@ -77,7 +77,8 @@ def reference_gqa(layer, x, window):
 
 
 def reference_ccqa(layer, x, c):
-    H, G, K, L = c.n_head, c.n_kv_head, c.dim // c.compression // c.n_head, c.dim // c.compression
+    H, G, K = c.ccqa_heads
+    L = c.dim // c.compression
     kappa, taps = G * K, c.conv_kernel
     W = layer.down.weight
     Wq, Wk, Wv = W[:L], W[L : L + kappa], W[L + kappa :]
@@ -148,7 +149,7 @@ def test_mha_gqa_mqa_equal_the_reference(letter, window):
 @pytest.mark.parametrize("changes", [
     {}, {"compression": 4}, {"compression": 8, "n_kv_head": 4}, {"conv_kernel": 0}, {"conv_kernel": 1},
     {"conv_kernel": 2}, {"qk_gain": 0.0}, {"qk_gain": 0.5}, {"value_shift": False}, {"n_kv_head": 1},
-    {"conv_kernel": 0, "qk_gain": 0.0, "value_shift": False},
+    {"latent_head_dim": 16}, {"latent_head_dim": 4}, {"conv_kernel": 0, "qk_gain": 0.0, "value_shift": False},
 ], ids=str)  # fmt: skip
 def test_ccqa_equals_the_reference(changes):
     layer, x, ctx, config = build("C", **changes)

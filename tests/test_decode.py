@@ -14,7 +14,8 @@ VARIANTS = [
     *({"pattern": "M", "window": w} for w in (1, 5, 8, 40)),
     *({"pattern": "C"} | c for c in ({"compression": 4}, {"compression": 8, "n_kv_head": 4}, {"conv_kernel": 0},
                                      {"conv_kernel": 1}, {"conv_kernel": 2}, {"conv_kernel": 5}, {"value_shift": False},
-                                     {"qk_gain": 0.0}, {"conv_kernel": 0, "value_shift": False})),
+                                     {"qk_gain": 0.0}, {"latent_head_dim": 4},
+                                     {"conv_kernel": 0, "value_shift": False})),
     {"pattern": "L", "latent_ratio": 0.25}, {"pattern": "MMCCCLML", "window": 6},
 ]  # fmt: skip
 

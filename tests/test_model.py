@@ -255,7 +255,7 @@ def test_blocks_of_one_letter_share_their_graph():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("changes", [{}, {"conv_kernel": 0}, {"compression": 4}, {"latent_ratio": 0.25},
-                                     {"n_layer": 11}])  # fmt: skip
+                                     {"n_layer": 11}, {"latent_head_dim": 16}])  # fmt: skip
 def test_counted_parameters_equal_the_formula(pattern, changes):
     net = make(pattern, **changes)
     assert count_params(net.config) == sum(p.numel() for p in net.parameters())
@@ -273,7 +273,8 @@ def test_the_named_shapes(shape, millions):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("changes", [{}, {"conv_kernel": 0}, {"compression": 4}, {"latent_ratio": 0.25}])
+@pytest.mark.parametrize("changes", [{}, {"conv_kernel": 0}, {"compression": 4}, {"latent_ratio": 0.25},
+                                     {"latent_head_dim": 4}])  # fmt: skip
 def test_counted_flops_equal_the_formula(pattern, changes):
     """torch counts matrix products, convolutions and all T*T pairs of the attention (told of its CPU kernel): the
     formula takes the causal mean T/2 of the pairs and adds the depthwise convolution, which torch does not count."""
@@ -292,8 +293,16 @@ def test_counted_flops_equal_the_formula(pattern, changes):
         width = {"C": c.dim // c.compression, "L": int(c.dim * c.latent_ratio)}.get(letter, c.dim)
         expected += B * T * 2 * T * width  # the upper half of the pairs
         if letter == "C":
-            expected -= B * T * 2 * c.conv_kernel * (width + width // c.n_head * c.n_kv_head)
+            H, G, K = c.ccqa_heads
+            expected -= B * T * 2 * c.conv_kernel * (H + G) * K
     assert counter.get_total_flops() == expected
+
+
+def test_wider_heads_of_the_latent_keep_the_group_ratio_as_far_as_it_divides():
+    for asked, heads in ((0, (12, 3, 16)), (16, (12, 3, 16)), (32, (6, 2, 32)), (64, (3, 1, 64)), (8, (24, 6, 8)),
+                         (192, (1, 1, 192))):  # fmt: skip
+        assert HydraConfig(**SMALL | {"latent_head_dim": asked}).ccqa_heads == heads
+    assert HydraConfig(**SMALL | {"n_kv_head": 12, "latent_head_dim": 32}).ccqa_heads == (6, 6, 32)
 
 
 def test_windowed_flops_count_the_visible_pairs():
@@ -322,6 +331,8 @@ def test_state_bytes_of_the_architecture_page():
     ({"qk_gain": 0.7}, "qk_gain=0.7: choose a value from 0 to 0.5"), ({"latent_ratio": 0.3}, "latent_ratio=0.3"),
     ({"attn_backend": "fa3"}, "attn_backend='fa3': use auto, flex or sdpa"), ({"window": -1}, "window=-1"),
     ({"mlp_ratio": 0.0}, "mlp_ratio=0.0"), ({"vocab_size": 0}, "vocab_size=0"), ({"conv_kernel": -2}, "conv_kernel=-2"),
+    ({"latent_head_dim": 12}, "latent_head_dim=12: .* divides dim/compression=32"),
+    ({"latent_head_dim": 1}, "latent_head_dim=1: .* even width"), ({"latent_head_dim": -8}, "latent_head_dim=-8"),
     ({"latent_ratio": -1.0}, "latent_ratio=-1.0"), ({"compression": 0}, "compression=0"),
 ])  # fmt: skip
 def test_a_config_that_cannot_be_is_refused_in_one_line(changes, words):
