@@ -168,8 +168,9 @@ def attend(
     - FlexAttention on CUDA inside torch.compile, heads of at least 16 channels: one fused kernel forward, two
       backward, and a window costs only the tiles it touches.
     - scaled_dot_product_attention everywhere else. On a CPU its flash kernel reads strided views and shares the
-      key/value heads (enable_gqa) without repeating them; FlexAttention cannot train there at all, and uncompiled
-      it is 14-50x slower, so "auto" never picks that. A window is cut into query chunks (`sdpa_window`).
+      key/value heads (enable_gqa) without repeating them, as long as they keep the cores busy (`share_heads`);
+      FlexAttention cannot train there at all, and uncompiled it is 14-50x slower, so "auto" never picks that. A window
+      is cut into query chunks (`sdpa_window`).
     Raises UserError where FlexAttention was asked for and cannot train.
 
     With a `state` the new keys and values are stored in it; a decode step then reads the stored ones (`read`).
@@ -182,8 +183,11 @@ def attend(
             return read(q_BTHK, state["k"], state["v"], ctx).flatten(2)
     q, k, v = (t.transpose(1, 2) for t in (q_BTHK, k_BTGK, v_BTGK))
     grad = torch.is_grad_enabled() and q.requires_grad
-    gqa = k.size(1) != H
     backend, _ = choose_backend(asked, q.device.type, K, torch.compiler.is_compiling(), grad)
+    gqa = k.size(1) != H
+    if gqa and grad and backend == "sdpa" and not share_heads(q, k):
+        k, v = (t.unsqueeze(2).expand(-1, -1, H // t.size(1), -1, -1).flatten(1, 2) for t in (k, v))
+        gqa = False
     if backend == "flex":
         mask = ctx.masks[window] if window in ctx.masks else causal_block_mask(T, window, q.device)
         y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
@@ -192,6 +196,22 @@ def attend(
     else:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     return y.transpose(1, 2).flatten(2)
+
+
+@torch.compiler.assume_constant_result
+def cpu_threads() -> int:
+    return torch.get_num_threads()
+
+
+def share_heads(q_BHTK: Tensor, k_BGTK: Tensor) -> bool:
+    """Whether training should share key/value heads. On a CPU the backward's threads divide the B*G of them, and 3 of
+    one text leave one of 2 cores idle for a quarter of the time: repeated to H they cost a copy and divide better."""
+
+    def busy(heads: int) -> float:
+        work, threads = heads * q_BHTK.size(0), cpu_threads()
+        return work / (-(-work // threads) * threads)
+
+    return q_BHTK.is_cuda or busy(k_BGTK.size(1)) > busy(q_BHTK.size(1)) - 0.1
 
 
 def store(slots_BSGK: Tensor, new_BTGK: Tensor, ctx: Context) -> None:
