@@ -27,11 +27,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from types import ModuleType
 
@@ -50,6 +52,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MODES = ("eager", "compiled")
 SHAPES = ((1, 256), (4, 512), (8, 1024))  # (B, T) of speed and memory
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+MACRO_LENGTHS = (1024, 4096)
 SHORT = {"speed": 35, "memory": 25, "compression": 10, "flops": 3, "length": 25, "train": 35, "decode": 25}  # seconds
 CLAIMS = {"C": "FLOPs 62%, KV cache -25%, parameters -75%", "L": "KV cache -100%",
           "hybrid": "FLOPs 37.5%, with a mean depth of 0.5"}  # fmt: skip
@@ -93,6 +96,10 @@ class Run:
         return self.until < math.inf
 
     @property
+    def late(self) -> str:
+        return f"no time in the short run, python bench.py {self.table} has it"
+
+    @property
     def modes(self) -> tuple[str, ...]:
         return tuple(m for m in MODES if m in self.b.only.split()) or MODES[: 1 if self.short else 2]
 
@@ -103,7 +110,7 @@ class Run:
         if size > available(self.device):
             return f"more than the {available(self.device) / 1e9:.1f} GB of memory that are free"
         if time.perf_counter() + seconds > self.until:
-            return f"no time in the short run, python bench.py {self.table} has it"
+            return self.late
         progress(f"{self.table}: {' '.join(map(str, label.values()))}, about {seconds:.0f} s")
         return ""
 
@@ -293,14 +300,14 @@ def step_flops(level: str, c: HydraConfig, B: int, T: int) -> float:
     return 3 * B * T * sum(attention_flops(c, a, T) + mlp for a in (c.pattern if level == "macro" else c.pattern[0]))
 
 
-def step_bytes(level: str, c: HydraConfig, B: int, T: int) -> float:
-    """Roughly what a step needs, to leave out what cannot fit: weights, gradients, optimiser, activations, logits."""
+def step_bytes(level: str, c: HydraConfig, B: int, T: int) -> tuple[float, float]:
+    """Roughly what is kept (weights, gradients, optimiser) and what a step needs: to leave out what cannot fit."""
     whole = level in ("model", "train", "naive")
     layers = c.n_layer if whole else len(c.pattern) if level == "macro" else 1
     weights = count_params(c) if whole else layers * (4 * c.dim**2 + 3 * c.dim * c.mlp_hidden)
     activations = layers * B * T * (16 * c.dim + 5 * c.mlp_hidden)
     logits = 3 * B * T * c.vocab_size * whole
-    return 4 * (weights * (4 if level in ("train", "naive") else 2) + activations + logits)
+    return 4 * weights * (4 if level in ("train", "naive") else 2), 4 * (activations + logits)
 
 
 def first_step(it: Contestant, compiled: bool, device: torch.device) -> float:
@@ -323,8 +330,9 @@ def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Ite
     A train step's start with filled caches is timed in a new process."""
     first, modes, flops = next(iter(what)), run.modes, sum(step_flops(*w, B, T) for w in what.values())
     label = {"level": what[first][0], "B": B, "T": T, "dtype": dtype}
-    size = len(modes) * sum(step_bytes(*w, B, T) for w in what.values())
-    reason = run.refuse(label, size, len(modes) * 4 * 1.4 * flops / run.peaks[dtype] / 0.5)
+    kept, needed = zip(*(step_bytes(*w, B, T) for w in what.values()), strict=True)
+    size, seconds = len(modes) * sum(kept) + max(needed), len(modes) * 4 * 1.4 * flops / run.peaks[dtype] / 0.5
+    reason = run.refuse(label, size, seconds)
     if reason:
         yield label | {"mix": " ".join(what), "left_out": reason}
         return
@@ -374,7 +382,7 @@ def of_letters(level: str, c: HydraConfig) -> dict[str, tuple]:
 
 
 def of_mixes(level: str, c: HydraConfig) -> dict[str, tuple]:
-    return {"A": (level, replace(c, pattern="A" * len(c.pattern))), c.pattern: (level, c)}
+    return {mix: (level, replace(c, pattern=mix)) for mix in ("A" * len(c.pattern), c.pattern)}
 
 
 def of_all(c: HydraConfig) -> Iterator[tuple[dict[str, tuple], int, int, str]]:
@@ -400,7 +408,7 @@ def length(run: Run) -> Iterator[dict]:
             yield row
             if "ms" in row:
                 points.setdefault((row["mix"], dtype, row["mode"]), []).append((T, row["ms"]))
-    for T, dtype in product((1024, 4096), DTYPES):
+    for T, dtype in product(MACRO_LENGTHS, DTYPES):
         yield from compare(run, of_mixes("macro", run.c), 1, T, dtype)
     for (mix, dtype, mode), found in points.items():
         if len(found) > 1:
@@ -423,14 +431,15 @@ def compression(run: Run) -> Iterator[dict]:
         else:
             what[f"C{n}x"] = "attention", replace(run.c, pattern="C", compression=n)
     for dtype in DTYPES:
-        sizes = {row.get("mix"): row for row in weigh(run, what, 1, 1024, dtype)}
+        sizes = {row["mix"]: row for row in weigh(run, what, 1, 1024, dtype)}
         for row in compare(run, what, 1, 1024, dtype):
             if "ms" in row:
                 _, c = what[row["mix"]]
                 row |= {"latent": c.dim // c.compression if c.pattern == "C" else c.dim,
                         "params": attention_params(c, c.pattern), "kv_bytes": 2 * state_values(c, c.pattern)}
-                row |= {k: v for k, v in sizes.get(row["mix"], {}).items() if k not in row}
+                row |= {k: v for k, v in sizes.pop(row["mix"], {}).items() if k.endswith("_mb")}
             yield row
+        yield from sizes.values()  # left out
 
 
 # ---- memory
@@ -470,37 +479,30 @@ def saved_bytes(forward: Callable[[], Tensor], weights: list) -> int:
 
 def measure(level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str) -> dict[str, float]:
     it = Contestant(level, c, B, T, device, dtype)
+    if level not in ("train", "naive"):  # what a first step sets up in torch counts there, but not beside a whole model
+        it.step()
+    for leaf in it.leaves:
+        leaf.grad = None
     sizes = peak_of(it.step, device)
     return sizes | {"saved_mb": saved_bytes(it.forward, it.leaves) / 1e6}
-
-
-def answer(pipe, call: Callable, args: tuple) -> None:
-    pipe.send(call(*args))
 
 
 def in_child(call: Callable, *args, method: str = "forkserver"):
     """`call(*args)` in a process of its own, whose peak is nobody else's; None where the system killed it."""
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(["torch"])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(theirs, call, args))
-    process.start()
-    theirs.close()
-    try:
-        result = ours.recv()
-    except EOFError:
-        result = None
-    process.join()
-    if process.exitcode > 0:
-        raise RuntimeError(f"{call.__name__} failed in a process of its own, see above")
-    return result
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(call, *args).result()
+        except BrokenProcessPool:
+            return None
 
 
 def weigh(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Iterator[dict]:
     """Rows of memory, eager; a ratio is of what the step adds to the weights (and the optimiser's state)."""
     label = {"level": what[next(iter(what))][0], "B": B, "T": T, "dtype": dtype}
     seconds = len(what) + 3 * sum(step_flops(*w, B, T) for w in what.values()) / run.peaks[dtype]
-    reason = run.refuse(label, max(step_bytes(*w, B, T) for w in what.values()), seconds)
+    reason = run.refuse(label, max(sum(step_bytes(*w, B, T)) for w in what.values()), seconds)
     if run.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         reason = "the peak of a CPU's process is read from Linux's /proc"
     if reason:
@@ -618,10 +620,12 @@ def decode(run: Run) -> Iterator[dict]:
     c, b, device = run.c, run.b, run.device
     c = replace(c, block_size=max(c.block_size, b.prompt_tokens + b.new_tokens))
     copy, batches = copy_bandwidth(device), (1,) if run.short else (1, 8)
+    tokens = 4 * (2 * b.prompt_tokens + b.new_tokens // 2) * sum(batches)  # what `once` below computes
     for name, dtype in DTYPES.items():
         label = {"level": "model", "mix": c.pattern, "dtype": name}
         size = dtype.itemsize * (5 * count_params(c) + 2 * max(batches) * c.n_layer * c.dim * b.context)
-        reason = run.refuse(label, size, 10)
+        compute = tokens * accounting.flops_per_token(c, b.prompt_tokens) / run.peaks[name]
+        reason = run.refuse(label, size, 6 + 40 * len(batches) * size / 5 / copy + 2 * compute)
         if reason:
             yield label | {"left_out": reason}
             continue
@@ -633,31 +637,31 @@ def decode(run: Run) -> Iterator[dict]:
         for B in batches:
             yield label | decode_row(model, baseline, peer, B, b, copy)
     if run.short:
-        yield {"level": "model", "B": 8, "left_out": f"no time in the short run, python bench.py {run.table} has it"}
+        yield {"level": "model", "B": 8, "left_out": run.late}
 
 
 def decode_row(model: Hydra, baseline: Hydra, peer, B: int, b: BenchConfig, copy: float) -> dict:
     weight, c = model.embed.weight, model.config
-    device, limit = weight.device, 20.0
+    device = weight.device
     prompts = torch.randint(0, c.vocab_size, (B, b.prompt_tokens), device=device)
     middle = torch.randint(0, c.vocab_size, (B, b.prompt_tokens + b.new_tokens // 2), device=device)
     lengths = torch.full((B,), b.prompt_tokens, device=device)
-    t = in_turns({"step": decoder(model, B, middle.size(1))}, b.rounds, device, limit)["step"]
+    t = in_turns({"step": decoder(model, B, middle.size(1))}, b.rounds, device)["step"]
     ms = statistics.median(t)
     size = count_params(c) * weight.itemsize + B * kv_bytes(c, middle.size(1), weight.itemsize)
     row = {"B": B, "ms": ms * 1e3, "spread": spread(t), "tokens_per_s": B / ms, "gb_per_s": size / ms / 1e9,
            "of_copy": size / ms / copy}  # fmt: skip
     # all tokens with states, prefill included, against a full forward at the mean length for each
     once = {"prefill": partial(prefill_once, model, prompts, lengths), "uncached": partial(model, middle)}
-    t = in_turns(once, 3 if B == 1 else 1, device, limit)
+    t = in_turns(once, 3 if B == 1 else 1, device)
     prefill, uncached = statistics.median(t["prefill"]), statistics.median(t["uncached"])
     row["uncached_x"] = b.new_tokens * uncached / (prefill + (b.new_tokens - 1) * ms)
     steps = {"hybrid": decoder(model, B, b.context), "MHA": decoder(baseline, B, b.context)}
-    t = in_turns(steps, b.rounds, device, limit)
+    t = in_turns(steps, b.rounds, device)
     row["mha_x"] = ratio(t["MHA"], t["hybrid"])
     if peer:
         both = {name: generation(m, prompts, b.new_tokens) for name, m in {"ours": model, "peer": peer}.items()}
-        t = in_turns(both, 2 if B == 1 else 1, device, limit)
+        t = in_turns(both, 2 if B == 1 else 1, device)
         row["llama_x"] = ratio(t["peer"], t["ours"])
         row["peer_tokens_per_s"] = B * b.new_tokens / statistics.median(t["peer"])
     return row
@@ -724,15 +728,15 @@ def fill(run: Run, rows: list[dict]) -> None:
     """Measure a table into `rows`, and print it."""
     print(f"\n== {run.table}", flush=True)
     start, above, left = time.perf_counter(), [], {}
-    for row in TABLES[run.table](run):
+    timed = run.table in ("speed", "compression", "length", "train")
+    compiled = [{"mode": "compiled", "left_out": run.late}] if run.short and timed else []
+    for row in chain(TABLES[run.table](run), compiled):
         rows.append(row)
         if "left_out" in row:
             left.setdefault(row["left_out"], []).append(" ".join(str(row[k]) for k in LABEL if k in row))
         else:
             above = show(row, above)
     progress("")
-    if run.short:
-        left.setdefault(f"no time in the short run, python bench.py {run.table} has it", []).append("compiled")
     for reason, names in left.items():
         if reason != "not asked for":
             print(f"left out, {reason}: {'; '.join(names)}")
