@@ -18,6 +18,7 @@ memory, or in the time of the short run, is listed as left out with the reason.
 
 import ctypes
 import datetime
+import gc
 import json
 import math
 import multiprocessing
@@ -44,7 +45,17 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import model as accounting
 from attention import CCQA, GQA, MLA
 from configurator import UserError, build, cli, need, parse, to_toml
-from model import Hydra, HydraConfig, SwiGLU, attention_flops, attention_params, count_params, kv_bytes, state_values
+from model import (
+    MAX_LOGITS,
+    Hydra,
+    HydraConfig,
+    SwiGLU,
+    attention_flops,
+    attention_params,
+    count_params,
+    kv_bytes,
+    state_values,
+)
 from train import TrainConfig, copy_bandwidth, git_hash, matmul_peak, pick_device, sync, write_atomically
 
 CONFIGS = Path(__file__).parent / "config"
@@ -56,6 +67,7 @@ MACRO_LENGTHS = (1024, 4096)
 SHORT = {"speed": 35, "memory": 25, "compression": 10, "flops": 3, "length": 25, "train": 35, "decode": 25}  # seconds
 CLAIMS = {"C": "FLOPs 62%, KV cache -25%, parameters -75%", "L": "KV cache -100%",
           "hybrid": "FLOPs 37.5%, with a mean depth of 0.5"}  # fmt: skip
+UNASKED = "--only does not ask for it"
 
 
 @dataclass(frozen=True)
@@ -105,8 +117,9 @@ class Run:
 
     def refuse(self, label: dict, size: float, seconds: float) -> str:
         """Why the rows of this label are not measured ("" if they are), at about `size` bytes and `seconds`."""
-        if not set(self.b.only.split()) - set(MODES) <= set(map(str, label.values())):
-            return "not asked for"
+        gc.collect()  # models are in cycles with their hooks and closures
+        if not set(self.b.only.split()) - set(MODES) <= set(" ".join(map(str, label.values())).split()):
+            return UNASKED
         if size > available(self.device):
             return f"more than the {available(self.device) / 1e9:.1f} GB of memory that are free"
         if time.perf_counter() + seconds > self.until:
@@ -130,6 +143,7 @@ def package(name: str, option: str) -> ModuleType:
 def available(device: torch.device) -> int:
     """Bytes that can still be allocated."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -275,8 +289,7 @@ class Separate(nn.Module):
 
 def naive(net: Hydra) -> None:
     """The naive path, in place: separate projections of q, k, v and of gate and up, rotation tables made anew in every
-    layer, the logits of all tokens in fp32, kept for the backward. Its attention is SDPA all the same."""
-    accounting.MAX_LOGITS = sys.maxsize
+    layer, and (see `measure`) the fp32 logits of all tokens, kept for the backward. Its attention is SDPA too."""
     for m in list(net.modules()):
         if isinstance(m, GQA):
             kv = m.n_kv_head * m.head_width
@@ -329,12 +342,12 @@ def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Ite
     """Rows of all in `what`, name -> (level, shape), timed in turns and in every mode; the others relate to the first.
     A train step's start with filled caches is timed in a new process."""
     first, modes, flops = next(iter(what)), run.modes, sum(step_flops(*w, B, T) for w in what.values())
-    label = {"level": what[first][0], "B": B, "T": T, "dtype": dtype}
+    label = {"level": what[first][0], "mix": " ".join(what), "B": B, "T": T, "dtype": dtype}
     kept, needed = zip(*(step_bytes(*w, B, T) for w in what.values()), strict=True)
     size, seconds = len(modes) * sum(kept) + max(needed), len(modes) * 4 * 1.4 * flops / run.peaks[dtype] / 0.5
     reason = run.refuse(label, size, seconds)
     if reason:
-        yield label | {"mix": " ".join(what), "left_out": reason}
+        yield label | {"left_out": reason}
         return
     torch.manual_seed(run.b.seed)
     torch._dynamo.reset()
@@ -478,6 +491,7 @@ def saved_bytes(forward: Callable[[], Tensor], weights: list) -> int:
 
 
 def measure(level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str) -> dict[str, float]:
+    accounting.MAX_LOGITS = sys.maxsize if level == "naive" else MAX_LOGITS
     it = Contestant(level, c, B, T, device, dtype)
     if level not in ("train", "naive"):  # what a first step sets up in torch counts there, but not beside a whole model
         it.step()
@@ -500,13 +514,13 @@ def in_child(call: Callable, *args, method: str = "forkserver"):
 
 def weigh(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Iterator[dict]:
     """Rows of memory, eager; a ratio is of what the step adds to the weights (and the optimiser's state)."""
-    label = {"level": what[next(iter(what))][0], "B": B, "T": T, "dtype": dtype}
+    label = {"level": what[next(iter(what))][0], "mix": " ".join(what), "B": B, "T": T, "dtype": dtype}
     seconds = len(what) + 3 * sum(step_flops(*w, B, T) for w in what.values()) / run.peaks[dtype]
     reason = run.refuse(label, max(sum(step_bytes(*w, B, T)) for w in what.values()), seconds)
     if run.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         reason = "the peak of a CPU's process is read from Linux's /proc"
     if reason:
-        yield label | {"mix": " ".join(what), "left_out": reason}
+        yield label | {"left_out": reason}
         return
     base = None
     for name, (level, c) in what.items():
@@ -560,7 +574,8 @@ def flops(run: Run) -> Iterator[dict]:
         row |= {"formula": statistics.fmean(attention_flops(c, a, T) for a in layers),
                 "counted": statistics.fmean(each[a] for a in layers)}  # fmt: skip
         values = statistics.fmean(state_values(c, a) for a in layers)
-        row |= {"params": round(statistics.fmean(attention_params(c, a) for a in layers)), "kv_bytes": 2 * values,
+        params = statistics.fmean(attention_params(c, a) for a in layers)
+        row |= {"params": round(params), "kv_bytes": round(2 * values),
                 "of_kv": values / state_values(c, "A"), "report_claims": CLAIMS.get(name, "-")}  # fmt: skip
         yield row
 
@@ -685,12 +700,14 @@ def text(key: str, value: object) -> str:
 
 
 def show(row: dict, above: list[str]) -> list[str]:
-    """Print a row, below a header if its columns are not those `above`; returns them."""
+    """Print a row, below a header if it has columns that are not `above`; returns those it is under."""
     progress("")
     columns = [key for key in row if key not in ONLY_JSON]
-    if columns != above:
+    if set(columns) <= set(above):
+        columns = above
+    else:
         print("\n" + " ".join(f"{key:>9}" for key in columns))
-    print(" ".join(f"{text(key, row[key]):>{max(9, len(key))}}" for key in columns), flush=True)
+    print(" ".join(f"{text(key, row.get(key, '-')):>{max(9, len(key))}}" for key in columns), flush=True)
     return columns
 
 
@@ -738,8 +755,10 @@ def fill(run: Run, rows: list[dict]) -> None:
             above = show(row, above)
     progress("")
     for reason, names in left.items():
-        if reason != "not asked for":
+        if reason != UNASKED:
             print(f"left out, {reason}: {'; '.join(names)}")
+    if not run.short and set(left) == {UNASKED} and not above:
+        raise UserError(f"only={run.b.only!r}: no row of {run.table} has all these words")
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
 
 
