@@ -720,6 +720,8 @@ def draw(tables: dict[str, list[dict]], folder: Path) -> None:
         for row in (row for row in rows if key in row and key != "left_out" and row.get("level") != "fit"):
             names = [str(row[k]) for k in LABEL if k in row and not (table == "length" and k in "BT")]
             lines.setdefault(" ".join(names), []).append((row.get("T", 0), row[key]))
+        if not lines:
+            continue
         if table == "length":
             for name, points in lines.items():
                 axes.loglog(*zip(*points, strict=True), marker="o", label=name)
@@ -786,8 +788,9 @@ def main(argv: list[str]) -> int:
           + f"; {count_params(c):,} parameters")  # fmt: skip
     result["tables"] = {name: [] for name in ([table] if table else TABLES)}
     until = time.perf_counter()
+    latest = until + 1.1 * sum(SHORT.values())
     for name, rows in result["tables"].items():
-        until += SHORT[name]  # what a table leaves of its time, the next ones have
+        until = min(latest, max(until, time.perf_counter()) + SHORT[name])  # what one leaves, the next ones have
         fill(Run(name, c, b, device, peaks, math.inf if table else until), rows)
     if b.json:
         write_atomically(Path(b.json), lambda temporary: temporary.write_text(json.dumps(result, indent=1)))

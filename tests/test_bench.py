@@ -159,6 +159,7 @@ def test_a_process_of_its_own_sees_what_is_allocated_there():
     torch.ones(300 * 2**18)  # this process's peak is not the child's
     few, many = bench.in_child(allocate, 8), bench.in_child(allocate, 208)
     assert many["step_mb"] - few["step_mb"] == pytest.approx(200 * 2**20 / 1e6, rel=0.05)
+    assert few["step_mb"] < 30 < few["base_mb"]
     assert many["peak_mb"] - many["base_mb"] == pytest.approx(many["step_mb"])
 
 
@@ -199,14 +200,14 @@ def test_the_naive_path_saves_more(monkeypatch):
     monkeypatch.setattr(bench.accounting, "MAX_LOGITS", 0)  # set by `measure`, set back at the end of this test
     c = small(vocab_size=512)
     ours, naive = (bench.measure(level, c, 4, 64, CPU, "float32")["saved_mb"] for level in ("train", "naive"))
-    logits, gradients = 4 * 64 * 512, 4 * 64 * 32 + 512 * 32  # ours saves the loss's gradients in place of the logits
-    assert naive - ours == pytest.approx(4 * (logits - gradients) / 1e6, rel=0.05)
+    logits, gradient = 4 * 64 * 512, 512 * 32  # ours saves the head's gradient in place of the logits
+    assert naive - ours == pytest.approx(4 * (logits - gradient) / 1e6, rel=0.01)
     assert bench.accounting.MAX_LOGITS == sys.maxsize
 
 
 def test_rows_that_do_not_fit_are_listed_with_the_reason(run, monkeypatch, capsys):
     monkeypatch.setattr(bench, "available", lambda device: 1e3)
-    rows = run("speed")["tables"]["speed"]
+    rows = run("speed", "--only=eager")["tables"]["speed"]
     assert len(rows) == 8 and all("GB of memory" in r["left_out"] for r in rows)
     reason = "left out, more than the 0.0 GB of memory that are free: attention A G M C L 2 16 float32;"
     assert reason in capsys.readouterr().out
@@ -262,8 +263,11 @@ def test_a_missing_package_is_named_before_anything_is_measured(option, name, mo
 def test_charts_are_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="charts are optional: pip install matplotlib")
     row = {"level": "attention", "B": 1, "T": 16, "dtype": "float32", "mode": "eager", "mix": "A", "ms": 1.0}
-    bench.draw({"length": [row, row | {"T": 32}], "flops": [{"mix": "A", "of_layer_1024": 1.0}]}, tmp_path)
+    nothing = [{"mix": "A", "left_out": "no time"}]
+    bench.draw({"length": [row, row | {"T": 32}], "speed": nothing,
+                "flops": [{"mix": "A", "of_layer_1024": 1.0}]}, tmp_path)  # fmt: skip
     assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("length", "flops"))
+    assert not (tmp_path / "speed.png").exists()
 
 
 def test_zaya_is_called_as_ours_and_timed_in_turns(run):
