@@ -1,49 +1,285 @@
-"""The bench prints and stores what it measured, and refuses what it cannot do."""
+"""The bench measures what it says, its figures agree with each other, and it refuses what it cannot do."""
 
 import json
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
 import bench
+from attention import make_attention
 from configurator import UserError
+from model import HydraConfig, count_params, state_values
 
-TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--n_layer=8", "--vocab_size=64", "--mlp_ratio=1",
-        "--prompt_tokens=8", "--new_tokens=4", "--context=16", "--rounds=1"]  # fmt: skip
+TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--n_layer=3", "--pattern=MCL", "--vocab_size=64",
+        "--mlp_ratio=1", "--prompt_tokens=8", "--new_tokens=4", "--context=16", "--rounds=2"]  # fmt: skip
+CPU = torch.device("cpu")
 
 
-def test_decode_measures_every_dtype_and_batch(tmp_path, capsys):
-    assert bench.main(["decode", *TINY, "--pattern=M", f"--json={tmp_path / 'bench.json'}"]) == 0
-    result, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
-    assert [(r["dtype"], r["batch"]) for r in result["decode"]] == [
-        ("torch.float32", 1), ("torch.float32", 8), ("torch.bfloat16", 1), ("torch.bfloat16", 8)]  # fmt: skip
-    for row in result["decode"]:
-        assert all(v > 0 for k, v in row.items() if k != "dtype")
-        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
-        assert f"{row['tokens_per_s']:.1f}" in printed
-    assert result["torch"] == torch.__version__ and "dim = 32" in result["config"]
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the bench at a tiny shape, on one thread, returns what it stored."""
+    monkeypatch.setattr(bench, "SHAPES", ((2, 16),))
+    monkeypatch.setattr(bench, "LENGTHS", (16, 32, 64))
+    monkeypatch.setattr(bench, "MACRO_LENGTHS", (32,))
+    monkeypatch.setattr(bench, "in_child", lambda call, *args, method="": call(*args))  # its own test starts processes
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
+
+    def stored(*argv):
+        assert bench.main([*argv[:1], *TINY, *argv[1:], f"--json={tmp_path / 'bench.json'}"]) == 0
+        return json.loads((tmp_path / "bench.json").read_text())
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield stored
+    torch.set_num_threads(threads)
+
+
+def small(pattern="MCL", **changes) -> HydraConfig:
+    return HydraConfig(**dict(dim=32, n_head=2, n_kv_head=1, compression=2, n_layer=3, vocab_size=64, mlp_ratio=1.0,
+                              pattern=pattern) | changes)  # fmt: skip
+
+
+def check(rows: list[dict]) -> None:
+    """Every figure of a timed row follows from the others."""
+    assert rows
+    for row in rows:
+        seconds, (level, name) = row["ms"] / 1e3, (row["level"], row["mix"])
+        assert row["tokens_per_s"] == pytest.approx(row["B"] * row["T"] / seconds)
+        assert row["of_peak"] == pytest.approx(row["tflops"] / row["peak_tflops"]) and row["peak_tflops"] == 1.0
+        assert row["rounds"] == 2 and row["spread"] >= 0
+        if level in ("attention", "macro", "block", "model"):
+            assert 0 < row["forward_ms"] and row["forward_x_mha"] > 0
+            assert row["x_mha"] == 1.0 if set(name) == {"A"} else row["x_mha"] > 0
+            pattern = "C" if name.startswith("C") and name.endswith("x") else name
+            c = small(pattern, compression=int(name[1:-1])) if pattern != name else small(pattern)
+            flops = bench.step_flops(level, c, row["B"], row["T"])
+            assert row["tflops"] == pytest.approx(flops / seconds / 1e12)
+        if row["mode"] == "compiled":
+            assert row["compile_s"] > 0 and row["x_eager"] > 0
+
+
+def test_speed_has_every_subject_in_every_precision(run):
+    result = run("speed", "--only=eager")
+    rows = result["tables"]["speed"]
+    check(rows)
+    assert [(r["level"], r["mix"]) for r in rows if r["dtype"] == "bfloat16"] == [
+        *(("attention", a) for a in "AGMCL"), *(("block", a) for a in "AGMCL"),
+        ("macro", "AAA"), ("macro", "MCL"), ("model", "AAA"), ("model", "MCL")]  # fmt: skip
+    assert len(rows) == 28 and result["torch"] == torch.__version__ and "dim = 32" in result["config"]
+    assert result["cpu"] and result["threads"] >= 1 and result["seed"] == 1337 and result["date"] and result["git"]
+
+
+@pytest.mark.slow
+def test_compiled_rows_have_their_compilation_apart(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
+    run = bench.Run("speed", small(), bench.BenchConfig(rounds=2), CPU, {"float32": 1e12})
+    rows = list(bench.compare(run, {a: ("attention", small(a)) for a in "AG"}, 2, 16, "float32"))
+    assert [(r["mix"], r["mode"]) for r in rows] == [(a, m) for a in "AG" for m in bench.MODES]
+    check(rows)
+    assert all(r["compile_s"] > 20 * r["ms"] / 1e3 for r in rows if r["mode"] == "compiled")
+
+
+def test_length_fits_an_exponent_for_every_letter(run):
+    rows = run("length", "--only=eager")["tables"]["length"]
+    fits = [r for r in rows if r["level"] == "fit"]
+    assert {(r["mix"], r["dtype"]) for r in fits} == {(a, d) for a in "AGMCL" for d in bench.DTYPES}
+    assert all((r["from_T"], r["to_T"]) == (16, 64) for r in fits)
+    check([r for r in rows if r["level"] != "fit"])
+    assert {r["T"] for r in rows if r["level"] == "macro"} == {32}
+    chosen = {r["T"]: r["ms"] for r in rows if (r["level"], r["mix"], r["dtype"]) == ("attention", "C", "float32")}
+    fit = next(r["exponent"] for r in fits if (r["mix"], r["dtype"]) == ("C", "float32"))
+    assert fit == pytest.approx(bench.exponent(list(chosen), list(chosen.values())))
+
+
+def test_the_exponent_of_a_power_is_found():
+    lengths = [256, 512, 1024, 8192]
+    assert bench.exponent(lengths, [3e-9 * n**1.7 for n in lengths]) == pytest.approx(1.7)
+
+
+def test_train_is_rated_by_its_parameters(run, monkeypatch, tmp_path):
+    (tmp_path / "tiny.toml").write_text("dim = 32\nn_head = 2\nn_kv_head = 1\nn_layer = 1\npattern = 'A'\n"
+                                        "vocab_size = 64\nblock_size = 8\nbatch_size = 3\n")  # fmt: skip
+    (tmp_path / "small.toml").write_text("")
+    monkeypatch.setattr(bench, "CONFIGS", tmp_path)
+    rows = run("train", "--only=eager")["tables"]["train"]
+    check(rows)
+    assert [(r["mix"], r["B"], r["T"]) for r in rows] == [("tiny", 3, 8)] * 2 + [("shape", 4, 256)] * 2
+    for row in rows[2:]:
+        assert row["tflops"] == pytest.approx(6 * count_params(small()) * row["tokens_per_s"] / 1e12)
+
+
+def test_a_train_step_moves_the_weights():
+    it = bench.Contestant("train", small(), 2, 16, CPU, "float32")
+    before = [p.detach().clone() for p in it.leaves]
+    it.step()
+    assert all((a != b).any() for a, b in zip(before, it.leaves, strict=True))
+    assert all(p.grad is None for p in it.leaves)
+
+
+def test_compression_relates_latent_parameters_and_cache(run):
+    rows = run("compression", "--only=eager")["tables"]["compression"]
+    check(rows)
+    assert [(r["mix"], r["latent"]) for r in rows[:4]] == [("A", 32), ("C2x", 16), ("C4x", 8), ("C8x", 4)]
+    for row in rows[1:4]:
+        c = small("C", compression=int(row["mix"][1]))
+        assert row["params"] == sum(p.numel() for p in make_attention("C", c).parameters())
+        assert row["kv_bytes"] == 2 * state_values(c, "C") and row["step_mb"] > 0
+
+
+def test_the_flops_table_equals_the_counter(run):
+    rows = run("flops")["tables"]["flops"]
+    assert [r["mix"] for r in rows] == [*"AGMCL", "hybrid"]
+    for row in rows:
+        assert row["counted"] == row["formula"]
+        assert {"of_attn_512", "of_layer_1024", "of_attn_8192", "of_kv", "report_claims"} <= row.keys()
+    assert rows[0]["of_layer_512"] == rows[0]["of_kv"] == 1 and "62%" in rows[3]["report_claims"]
+
+
+def test_the_percentages_of_the_small_shape():
+    c = HydraConfig(vocab_size=50257, dim=768, n_head=12, n_kv_head=3, n_layer=24, mlp_ratio=3.0)
+    row = next(r for r in bench.flops(bench.Run("flops", c, bench.BenchConfig(), CPU, {})) if r["mix"] == "C")
+    assert [round(row[f"of_layer_{T}"], 3) for T in (512, 1024, 8192)] == [0.718, 0.696, 0.520]
+
+
+def test_memory_has_every_subject_and_the_naive_path(run):
+    rows = run("memory")["tables"]["memory"]
+    assert [(r["level"], r["mix"]) for r in rows[:2]] == [("naive", "naive"), ("train", "ours")]
+    assert len(rows) == 4 + 28
+    for row in rows:
+        assert row["step_mb"] == pytest.approx(row["peak_mb"] - row["base_mb"]) and row["saved_mb"] > 0
+
+
+def allocate(megabytes: int) -> dict:
+    return bench.peak_of(lambda: torch.ones(megabytes * 2**18).sum(), CPU)
+
+
+def test_a_process_of_its_own_sees_what_is_allocated_there():
+    torch.ones(300 * 2**18)  # this process's peak is not the child's
+    few, many = bench.in_child(allocate, 8), bench.in_child(allocate, 208)
+    assert many["step_mb"] - few["step_mb"] == pytest.approx(200 * 2**20 / 1e6, rel=0.05)
+    assert few["step_mb"] < 30 < few["base_mb"]
+    assert many["peak_mb"] - many["base_mb"] == pytest.approx(many["step_mb"])
+
+
+def die() -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_a_row_left_out(run, monkeypatch):
+    assert bench.in_child.__name__ == "<lambda>"
+    monkeypatch.undo()
+    assert bench.in_child(die) is None
+
+
+def test_saved_bytes_are_distinct_storages_without_the_weights():
+    w, x = torch.ones(4, 4, requires_grad=True), torch.ones(8, 4, requires_grad=True)
+    double = torch.float64.itemsize * 8 * 4
+
+    def forward():  # x.double() is saved by two products, w is a weight
+        y = x.double()
+        return (y * y).sum() + (y * y).sum() + (x @ w).sum()
+
+    assert bench.saved_bytes(forward, [w]) == double + x.nbytes
+
+
+@pytest.mark.parametrize("pattern", ["A", "G", "M", "C", "L"])
+def test_the_naive_path_has_the_same_parameters(pattern):
+    ours, naive = (bench.Contestant(level, small(pattern), 2, 16, CPU, "float32") for level in ("train", "naive"))
+    assert sum(p.numel() for p in naive.leaves) == sum(p.numel() for p in ours.leaves) == count_params(small(pattern))
+    assert naive.forward().isfinite()
+    naive.step()
+
+
+def test_the_naive_path_saves_more(monkeypatch):
+    monkeypatch.setattr(bench, "MAX_LOGITS", 2**6)
+    monkeypatch.setattr(bench.accounting, "MAX_LOGITS", 0)  # set by `measure`, set back at the end of this test
+    c = small(vocab_size=512)
+    ours, naive = (bench.measure(level, c, 4, 64, CPU, "float32")["saved_mb"] for level in ("train", "naive"))
+    logits, gradient = 4 * 64 * 512, 512 * 32  # ours saves the head's gradient in place of the logits
+    assert naive - ours == pytest.approx(4 * (logits - gradient) / 1e6, rel=0.01)
+    assert bench.accounting.MAX_LOGITS == sys.maxsize
+
+
+def test_rows_that_do_not_fit_are_listed_with_the_reason(run, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "available", lambda device: 1e3)
+    rows = run("speed", "--only=eager")["tables"]["speed"]
+    assert len(rows) == 8 and all("GB of memory" in r["left_out"] for r in rows)
+    reason = "left out, more than the 0.0 GB of memory that are free: attention A G M C L 2 16 float32;"
+    assert reason in capsys.readouterr().out
+
+
+def test_the_short_run_lists_what_it_has_no_time_for(run, monkeypatch):
+    monkeypatch.setattr(bench, "SHORT", dict.fromkeys(bench.TABLES, 0))
+    tables = run()["tables"]
+    assert list(tables) == list(bench.TABLES)
+    for name, rows in tables.items():
+        assert name == "flops" or all(f"python bench.py {name} has it" in r["left_out"] for r in rows)
+    assert len(tables["speed"]) == 8 + 1 and tables["speed"][-1]["mode"] == "compiled"
+
+
+def test_decode_measures_every_dtype_and_batch(run):
+    rows = run("decode", "--pattern=M")["tables"]["decode"]
+    assert [(r["dtype"], r["B"]) for r in rows] == [(d, B) for d in bench.DTYPES for B in (1, 8)]
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(row["B"] / row["ms"] * 1e3)
+        assert all(row[k] > 0 for k in ("gb_per_s", "of_copy", "uncached_x", "mha_x"))
+        assert ("compiled_ms" in row) == (row["B"] == 1)  # on a CPU
+        if row["B"] == 1:
+            assert row["of_copy"] * row["ms"] == pytest.approx(row["compiled_of_copy"] * row["compiled_ms"])
+        read = 1e6 * row["gb_per_s"] * row["ms"]  # bytes of a step
+        itemsize = bench.DTYPES[row["dtype"]].itemsize
+        c = small("M")
+        assert read == pytest.approx(itemsize * (count_params(c) + row["B"] * state_values(c, "M") * 3 * 10))
 
 
 def test_turns_are_interleaved_after_one_that_is_not_counted():
     calls = []
     contestants = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = bench.in_turns(contestants, 3, torch.device("cpu"))
+    seconds = bench.in_turns(contestants, 3, CPU)
     assert calls == list("abababab") and {name: len(t) for name, t in seconds.items()} == {"a": 3, "b": 3}
+    assert {len(t) for t in bench.in_turns(contestants, 9, CPU, limit=0).values()} == {1}
     assert bench.ratio([2.0, 9.0, 4.0], [1.0, 1.0, 2.0]) == 2.0
+    assert bench.spread([1.0, 2.0, 3.0]) == 0.5 and bench.spread([1.0]) == 0
 
 
 @pytest.mark.parametrize("args, words", [
-    (["speeds"], "unknown table .speeds.: use decode"), (["--rounds=0"], "rounds=0"),
-    (["--pears"], "did you mean peers"),
-    (["--dim=33"], "dim=33"),
+    (["speeds"], "unknown table .speeds.: use speed, memory"), (["decode", "--rounds=0"], "rounds=0"),
+    (["--pears"], "did you mean peers"), (["speed", "--dim=33"], "dim=33"), (["--learning_rate=1"], "unknown key"),
+    (["speed", "--only=nothing"], "no row of speed"),
+    (["--json=no/such/folder/x.json"], "its folder does not exist"), (["config/tinny.toml"], "did you mean"),
 ])  # fmt: skip
-def test_bad_input_is_refused(args, words):
+def test_bad_input_is_refused(args, words, monkeypatch):
+    monkeypatch.setattr(bench, "Contestant", lambda *_: pytest.fail("something was measured"))
     with pytest.raises(UserError, match=words):
         bench.main(args)
 
 
-def test_peers_without_transformers_says_how_to_get_them(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install transformers"):
-        bench.main([*TINY, "--peers"])
+@pytest.mark.parametrize("option, name", [("--peers", "transformers"), ("--plot=.", "matplotlib")])
+def test_a_missing_package_is_named_before_anything_is_measured(option, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(bench, "fill", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        bench.main([*TINY, option])
+
+
+def test_charts_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="charts are optional: pip install matplotlib")
+    row = {"level": "attention", "B": 1, "T": 16, "dtype": "float32", "mode": "eager", "mix": "A", "ms": 1.0}
+    nothing = [{"mix": "A", "left_out": "no time"}]
+    bench.draw({"length": [row, row | {"T": 32}], "speed": nothing,
+                "flops": [{"mix": "A", "of_layer_1024": 1.0}]}, tmp_path)  # fmt: skip
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("length", "flops"))
+    assert not (tmp_path / "speed.png").exists()
+
+
+def test_zaya_is_called_as_ours_and_timed_in_turns(run):
+    pytest.importorskip("transformers", reason="a development-only comparison: pip install transformers")
+    assert import_module("transformers.models.zaya.modeling_zaya")
+    rows = run("length", "--peers", "--only=eager attention float32")["tables"]["length"]
+    rows = [r for r in rows if r.get("T") == 64 and "ms" in r]
+    assert [r["mix"] for r in rows] == [*"AGMCL", "Zaya"] and rows[3]["x_zaya"] > 0
