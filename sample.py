@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError, build, cli, need, parse
 from data import decode, get_tokenizer, token_text
-from model import Hydra, HydraConfig, count_params, kv_bytes, tail_bytes
+from model import Hydra, HydraConfig, count_params
 from train import copy_bandwidth, load_checkpoint, pick_device, pick_dtype, sync
 
 
@@ -83,7 +83,12 @@ def main(argv: list[str]) -> int:
     model, enc = load_model(c, device)
     rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
     generator = torch.Generator(device).manual_seed(c.seed)
-    steps = model.generate(rows, c.max_new_tokens, c.temperature, c.top_k, c.top_p, enc.eot_token, generator)
+    longest, config = max(map(len, rows)), model.config
+    # beyond the block `generate` refuses: no reason to allocate for it
+    fits = model.endless or longest + c.max_new_tokens <= config.block_size
+    state = model.new_state(len(rows), longest + c.max_new_tokens) if fits else None
+    steps = model.generate(rows, c.max_new_tokens, c.temperature, c.top_k, c.top_p, enc.eot_token, generator,
+                           state=state)  # fmt: skip
 
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be cut between two tokens
     texts: list[list[int]] = [[] for _ in rows]
@@ -106,13 +111,14 @@ def main(argv: list[str]) -> int:
     if len(times) > 1:  # the first token is the prefill's
         seconds = (times[-1] - times[0]) / (len(times) - 1)
         size = model.embed.weight.element_size()
-        weights = count_params(model.config) * size
-        longest = max(map(len, rows)) + len(times)
-        cache = len(rows) * (kv_bytes(model.config, longest, size) + tail_bytes(model.config, size))
-        rate, copy = (weights + cache) / seconds, copy_bandwidth(device)
-        print(f"{len(rows)} x {len(times)} tokens, {len(rows) / seconds:.1f} tokens/s, {rate / 1e9:.1f} GB/s read of "
-              f"weights and state, {rate / copy:.0%} of this machine's copy bandwidth ({copy / 1e9:.1f} GB/s); state "
-              f"{cache:,} bytes", file=sys.stderr)  # fmt: skip
+        cache = state.bytes(filled=True)
+        rate, copy = (count_params(config) * size + cache) / seconds, copy_bandwidth(device)
+        reads = (f"{rate / 1e9:.1f} GB/s read of weights and state, {rate / copy:.0%} of this machine's copy bandwidth "
+                 f"({copy / 1e9:.1f} GB/s); ")  # fmt: skip
+        if model.routing():  # which weights a token reads, and how often, is the routers' choice
+            reads = ""
+        print(f"{len(rows)} x {len(times)} tokens, {len(rows) / seconds:.1f} tokens/s, {reads}state {cache:,} bytes "
+              f"filled of {state.bytes():,}", file=sys.stderr)  # fmt: skip
     return 0
 
 

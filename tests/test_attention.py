@@ -243,7 +243,7 @@ def test_compiled_flex_equals_sdpa_on_a_cpu(window):
     torch.manual_seed(0)
     torch._dynamo.reset()
     q, k, v = (torch.randn(1, 400, heads, 16) for heads in (4, 2, 2))
-    ctx = make_context(torch.arange(400), {16}, 1e4, {window})
+    ctx = make_context(torch.arange(400), {16}, 1e4, {(400, window)})
     expected = attend(q, k, v, ctx, window, "sdpa")
     compiled = torch.compile(lambda q, k, v: attend(q, k, v, ctx, window, "flex"), fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), expected, rtol=1e-5, atol=1e-5)
