@@ -15,7 +15,7 @@ attention, convolutions, shift, state; only RoPE sees the positions that they ha
   Top-k would look at the future, so nothing but training uses it.
 In evaluation the picked tokens come first in their order, the others behind them, where the causal mask hides them, up
 to the largest count of the batch. Where shapes must not follow the data (CUDA, compiled, `Context.static`), up to all:
-as exact, but nothing is saved. A generating state counts the picked tokens of each row: a row's count is its next slot.
+the same to the last digits, but nothing is saved. A generating state counts the picked tokens of each row: a row's count is its next slot.
 Left out: token choice, keys and values shared between recursions, z-losses, routers with hidden layers.
 
 Shapes: B batch, T tokens, D width, k picked tokens; see attention.py.
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 
 from attention import Context, State
 
+# Evaluation rounds its counts up to this: few shapes, and a product's rows are bit for bit the same with more of them.
+ROWS = 64
 AUX_DEPTHS, AUX_RECURSIONS = 0.01, 1e-3  # weights of the auxiliary losses of the two papers
 
 
@@ -106,9 +108,10 @@ def select(router: Router, k: int, x_BTD: Tensor, ctx: Context, state: State | N
         if state is not None:
             state["count"].copy_(lengths_B)
         static = ctx.static or x_BTD.is_cuda or torch.compiler.is_compiling()
-        k = T if static else int(lengths_B.max())  # a sync, which costs a CPU nothing
-        if k == 0:
+        most = T if static else int(lengths_B.max())  # a sync, which costs a CPU nothing
+        if most == 0:
             return None
+        k = min(T, -(-most // ROWS) * ROWS)
         index_Bk = (~keep_BT).sort(dim=1, stable=True).indices[:, :k]
         gate_Bk = r_BT.gather(1, index_Bk).sigmoid() * keep_BT.gather(1, index_Bk)
     return Pick(index_Bk[..., None], gate_Bk[..., None].to(x_BTD.dtype), context_at(index_Bk, ctx, lengths_B))

@@ -227,7 +227,8 @@ def test_training_forward_is_one_graph_without_recompiles(pattern):
     assert counter.frame_count == 1
 
 
-def test_blocks_of_one_letter_share_their_graph(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=64)  # as train.py does; monkeypatch would delete the setting at the end
+def test_blocks_of_one_letter_share_their_graph():
     """Compiled block by block, 16 layers of 3 letters cost 3 compilations; all letters, trained and evaluated, fit."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -239,7 +240,6 @@ def test_blocks_of_one_letter_share_their_graph(monkeypatch):
     for step in range(2):
         net(*batch(seed=step))[1].backward()
     assert counter.frame_count == 3
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # as train.py does
     net = make("AGMCL", n_layer=10)
     for block in net.blocks:
         block.compile(backend=counter, fullgraph=True)
