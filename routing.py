@@ -15,7 +15,8 @@ attention, convolutions, shift, state; only RoPE sees the positions that they ha
   Top-k would look at the future, so nothing but training uses it.
 In evaluation the picked tokens come first in their order, the others behind them, where the causal mask hides them, up
 to the largest count of the batch. Where shapes must not follow the data (CUDA, compiled, `Context.static`), up to all:
-the same to the last digits, but nothing is saved. A generating state counts the picked tokens of each row: a row's count is its next slot.
+the same to the last digits, but nothing is saved. A generating state counts the picked tokens of each row: the count
+is the row's next slot.
 Left out: token choice, keys and values shared between recursions, z-losses, routers with hidden layers.
 
 Shapes: B batch, T tokens, D width, k picked tokens; see attention.py.
