@@ -415,6 +415,7 @@ def main(argv: list[str]) -> int:
             with autocast:
                 val_loss, val_bpb = evaluate(model, corpus.val, bytes_V, c.batch_size, c.eval_iters, device)
             best = val_loss < state["best"]
+            # of the evaluation's last batch
             routed = {f"val_{name}": value.item() for name, value in model.routing().items() if name in BY_RULE}
             record({"step": step, "val_loss": val_loss, "val_bpb": val_bpb, "best": best} | routed)
             print(f"step {step:5d} | validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte{' (best)' * best}")
