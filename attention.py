@@ -74,23 +74,26 @@ class Context(NamedTuple):
 
     pos: Tensor  # int64 [T], or [B, T] where rows hold different tokens: the true positions
     rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> [cos cos], [-sin sin], fp32 [(B,) T, 1, width]
-    masks: dict[int, BlockMask]  # window -> mask; empty where FlexAttention is not used
-    # only with a decoding state, whose rows may hold texts of different lengths:
+    masks: dict[tuple[int, int], BlockMask]  # (tokens, window) -> mask; empty where FlexAttention is not used
+    static: bool = False  # no shape may follow the data, see routing.py
+    # only with a decoding state, whose rows may hold texts of different lengths, or behind a router in evaluation:
     decode: bool = False  # one new token a row, at pos [B, 1]; else a prefill, texts padded on the right
-    lengths: Tensor | None = None  # prefill: int64 [B], tokens of each row
+    lengths: Tensor | None = None  # not decode: int64 [B], tokens of each row, None = all
     visible: int | None = None  # decode: no row has more tokens than this, the new one included; None = read all slots
     uniform: bool = False  # decode: every row has `visible` tokens, so that no mask is needed
+    keep: Tensor | None = None  # decode: bool [B], the rows that may change the state, None = all
 
 
-def make_context(pos: Tensor, widths: set[int], theta: float, windows: set[int] = frozenset()) -> Context:
-    """Rotation tables at positions `pos` for every width, and a BlockMask for every window (0 = full causal)."""
+def make_context(pos: Tensor, widths: set[int], theta: float, masks: set[tuple[int, int]] = frozenset()) -> Context:
+    """Rotation tables at positions `pos` for every width, and a BlockMask for every (tokens, window) of `masks`
+    (window 0 = full causal)."""
     rope = {}
     for width in sorted(widths):
         freq = theta ** (-torch.arange(0, width, 2, device=pos.device, dtype=torch.float32) / width)
         angle = pos[..., None, None].float() * freq
         cos, sin = angle.cos(), angle.sin()
         rope[width] = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    return Context(pos, rope, {w: causal_block_mask(pos.shape[-1], w, pos.device) for w in sorted(windows)})
+    return Context(pos, rope, {shape: causal_block_mask(*shape, pos.device) for shape in sorted(masks)})
 
 
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -189,7 +192,7 @@ def attend(
         k, v = (t.unsqueeze(2).expand(-1, -1, H // t.size(1), -1, -1).flatten(1, 2) for t in (k, v))
         gqa = False
     if backend == "flex":
-        mask = ctx.masks[window] if window in ctx.masks else causal_block_mask(T, window, q.device)
+        mask = ctx.masks[T, window] if (T, window) in ctx.masks else causal_block_mask(T, window, q.device)
         y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
     elif 0 < window < T:
         y = sdpa_window(q, k, v, window, gqa)
@@ -223,7 +226,10 @@ def store(slots_BSGK: Tensor, new_BTGK: Tensor, ctx: Context) -> None:
         return
     row_B1 = torch.arange(len(new_BTGK), device=new_BTGK.device)[:, None]
     if ctx.decode:
-        slots_BSGK[row_B1, ctx.pos % S] = new_BTGK.to(slots_BSGK.dtype)
+        slot_B1, new_BTGK = ctx.pos % S, new_BTGK.to(slots_BSGK.dtype)
+        if ctx.keep is not None:
+            new_BTGK = torch.where(ctx.keep[:, None, None, None], new_BTGK, slots_BSGK[row_B1, slot_B1])
+        slots_BSGK[row_B1, slot_B1] = new_BTGK
     elif T <= S:
         slots_BSGK[:, :T] = new_BTGK
     else:  # slot s gets the row's last position that is s modulo S
@@ -381,7 +387,7 @@ def with_past(x: Tensor, rows: int, name: str, ctx: Context, state: State | None
     else:
         x = torch.cat((state[name].to(x.dtype), x), dim=1)
     if state is not None and ctx.decode:
-        state[name].copy_(x[:, 1:])
+        state[name].copy_(x[:, 1:] if ctx.keep is None else torch.where(ctx.keep[:, None, None], x[:, 1:], x[:, :-1]))
     elif state is not None:  # row b's text ends at lengths[b], in front of its padding
         row_B1 = torch.arange(len(x), device=x.device)[:, None]
         state[name].copy_(x[row_B1, ctx.lengths[:, None] + torch.arange(rows, device=x.device)])

@@ -117,9 +117,9 @@ class Run:
 
     def refuse(self, label: dict, size: float, seconds: float) -> str:
         """Why the rows of this label are not measured ("" if they are), at about `size` bytes and `seconds`."""
-        gc.collect()  # models are in cycles with their hooks and closures
         if not set(self.b.only.split()) - set(MODES) <= set(" ".join(map(str, label.values())).split()):
             return UNASKED
+        gc.collect()  # models are in cycles with their hooks and closures
         if size > available(self.device):
             return f"more than the {available(self.device) / 1e9:.1f} GB of memory that are free"
         if time.perf_counter() + seconds > self.until:
@@ -334,13 +334,13 @@ def first_step(it: Contestant, compiled: bool, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def warm_start(level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str) -> float:
+def start_of(level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str) -> float:
     return first_step(Contestant(level, c, B, T, device, dtype), True, device)
 
 
 def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Iterator[dict]:
     """Rows of all in `what`, name -> (level, shape), timed in turns and in every mode; the others relate to the first.
-    A train step's start with filled caches is timed in a new process."""
+    A train step's start, with empty and with filled caches, is timed in new processes."""
     first, modes, flops = next(iter(what)), run.modes, sum(step_flops(*w, B, T) for w in what.values())
     label = {"level": what[first][0], "mix": " ".join(what), "B": B, "T": T, "dtype": dtype}
     kept, needed = zip(*(step_bytes(*w, B, T) for w in what.values()), strict=True)
@@ -357,9 +357,12 @@ def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Ite
         for name, (level, c) in what.items():
             for mode in modes if level != "peer" else modes[:1]:
                 it = Contestant(level, c, B, T, run.device, dtype)
-                start = {"compile_s": first_step(it, mode == "compiled", run.device)}
-                if mode == "compiled" and level == "train":
-                    start["warm_s"] = in_child(warm_start, level, c, B, T, run.device, dtype, method="spawn")
+                start = {}
+                if mode == "compiled" and level == "train":  # two runs one after the other, before this one fills them
+                    args = level, c, B, T, run.device, dtype
+                    start = {key: in_child(start_of, *args, method="spawn") for key in ("compile_s", "warm_s")}
+                seconds = first_step(it, mode == "compiled", run.device)
+                start = start or {"compile_s": seconds}
                 starts[name, mode] = start if mode == "compiled" else {}
                 calls |= {(name, mode, "forward"): it.forward, (name, mode, "step"): it.step}
                 if level == "train":
@@ -588,7 +591,7 @@ def decoder(model: Hydra, B: int, past: int) -> Callable[[], None]:
     static = bool(model.decoders) or model.embed.weight.is_cuda  # as `generate` has it
     state = model.new_state(B, 1 << past.bit_length() if static else past + 1)
     for layer in state.layers:
-        for tensor in layer.values():
+        for tensor in (t for t in layer.values() if t.is_floating_point()):
             tensor.normal_()
     token = torch.zeros(B, dtype=torch.int64, device=state.pos_B.device)
 

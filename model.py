@@ -3,6 +3,7 @@
 - The layer mix is a string tiled over the depth. "MMCCCLML" (M = MQA, C = CCQA, L = MLA; see attention.py) is the
   8-layer macro-block, three of them make the 24-layer transformer; "A" (MHA) and "G" (GQA) are the baselines.
 - Block: x = x + alpha * attn(norm(x)), x = x + mlp(norm(x)); SwiGLU (arXiv:2002.05202), RMSNorm (1910.07467).
+- Routing (routing.py): blocks that a part of the tokens skips, blocks that are run several times, or both.
 - Tied embedding and head; a loss that never holds the logits of a large vocabulary as a whole.
 - Generation from preallocated states, one per layer, batched over prompts of different lengths.
 - Closed formulas for parameters, FLOPs and the bytes of a decoding state, which the tests hold against the modules.
@@ -12,6 +13,7 @@ Left out: dropout, biases, learned positions, loading of other projects' weights
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from attention import CCQA, MLA, Context, Linear, RMSNorm, State, choose_backend, linear, make_attention, make_context
 from configurator import UserError, need
+from routing import AUX_DEPTHS, AUX_RECURSIONS, Router, depth_tokens, recurse, recursion_tokens, select, summary
 
 ALPHA = {"A": 1.0, "G": 1.0, "M": 1.0, "C": 0.5, "L": 0.5}  # scale of the attention's residual line
 # A loss makes at most this many logits at a time, and returns them only if that is all of them (128 MiB in fp32).
@@ -35,7 +38,7 @@ class HydraConfig:
     dim: int = 256  # D, model width
     n_head: int = 4  # H, query heads of every layer
     n_kv_head: int = 4  # G, key/value heads of CCQA and GQA layers
-    n_layer: int = 8  # depth; the pattern is tiled over it
+    n_layer: int = 8  # blocks; the pattern is tiled over them
     pattern: str = "MMCCCLML"  # attention of each layer: A MHA, G GQA, M MQA, C CCQA, L MLA
     mlp_ratio: float = 2.0  # SwiGLU's hidden width over D, rounded up to a multiple of 256
     compression: int = 4  # C, CCQA's latent is D/C wide
@@ -47,10 +50,13 @@ class HydraConfig:
     window: int = 0  # MQA layers see this many last tokens, 0 = all
     rope_theta: float = 10000.0  # base of the rotary frequencies
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
+    mod_capacity: float = 0.0  # part of the tokens that goes through every other block, 0 = all through all (no MoD)
+    mor_recursions: int = 1  # the blocks are run this many times, from the second on for fewer tokens, 1 = no MoR
     attn_backend: str = "auto"  # attention core: auto, flex (FlexAttention, compiled) or sdpa
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "dim", "n_head", "n_kv_head", "n_layer", "compression"):
+        for name in ("vocab_size", "block_size", "dim", "n_head", "n_kv_head", "n_layer", "compression",
+                     "mor_recursions"):  # fmt: skip
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("conv_kernel", "window", "latent_head_dim"):
             need(self, name, getattr(self, name) >= 0, "it must be 0 or positive")
@@ -60,6 +66,9 @@ class HydraConfig:
         for letter in self.pattern:
             need(self, "pattern", letter in ALPHA, f"unknown letter {letter!r}: use {', '.join(ALPHA)}")
         need(self, "attn_backend", self.attn_backend in ("auto", "flex", "sdpa"), "use auto, flex or sdpa")
+        need(self, "mod_capacity", 0 <= self.mod_capacity <= 1, "choose a value from 0 (off) to 1")
+        remedy = f"every other block is routed, so that n_layer={self.n_layer} has none: use two or more"
+        need(self, "mod_capacity", self.mod_capacity == 0 or self.n_layer > 1, remedy)
         need(self, "qk_gain", 0 <= self.qk_gain <= 0.5, "choose a value from 0 to 0.5")
         self._check_heads()
 
@@ -152,6 +161,21 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
+class MoD(Block):
+    """A block that a part of the tokens goes through, see routing.py."""
+
+    def __init__(self, letter: str, c: HydraConfig):
+        super().__init__(letter, c)
+        self.capacity, self.router = c.mod_capacity, Router(c.dim, AUX_DEPTHS)
+
+    def forward(self, x_BTD: Tensor, ctx: Context, state: State | None = None) -> Tensor:
+        pick = select(self.router, depth_tokens(self.capacity, x_BTD.size(1)), x_BTD, ctx, state)
+        if pick is None:
+            return x_BTD
+        block = super().forward
+        return pick.put_back(x_BTD, pick.apply(x_BTD, lambda x, ctx: block(x, ctx, state)))
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product with x is computed in: autocast's dtype where that is on, else x's own."""
     device = x.device.type
@@ -196,15 +220,25 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class Decoding:
     """What generation keeps between two tokens, see `Hydra.new_state`."""
 
-    layers: list[State]
+    layers: list[State]  # of every block, of the first recursion, of the second, and so on
     pos_B: Tensor  # int64 [B], tokens of each row so far: the position of its next one
     slots: int  # tokens that a row may have
     # what the caller may say without asking the device, for views and plain writes, which a CPU is faster with:
     visible: int | None = None  # the longest row's tokens; None = all slots are read, masked
     uniform: bool = False  # all rows have `visible` tokens
 
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.values())
+    def bytes(self, filled: bool = False) -> int:
+        """What is allocated, counters aside; a router may pick every token, so a routed layer has a slot for each. Or
+        the part that is `filled`: of the slots, those of the tokens that went through the layer."""
+        total = 0
+        for layer in self.layers:
+            for name, t in ((name, t) for name, t in layer.items() if name != "count"):
+                size = t.numel() * t.element_size()
+                if filled and not name.endswith("tail"):
+                    used = layer.get("count", self.pos_B).clamp(max=t.size(1)).sum().item()
+                    size = size // (t.size(0) * t.size(1)) * used
+                total += size
+        return total
 
 
 class Hydra(nn.Module):
@@ -214,7 +248,13 @@ class Hydra(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(letter, config) for letter in config.layers)
+        routed = [bool(config.mod_capacity) and i % 2 == 1 for i in range(config.n_layer)]
+        kinds = zip(config.layers, routed, strict=True)
+        self.blocks = nn.ModuleList((MoD if skips else Block)(letter, config) for letter, skips in kinds)
+        self.recursion_routers = nn.ModuleList(
+            Router(config.dim, AUX_RECURSIONS) for _ in range(config.mor_recursions - 1)
+        )
+        self.static = False  # to set where blocks are compiled one by one: no shape follows the data, see routing.py
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.rope_widths = {block.attn.rope_width for block in self.blocks}
         self.endless = config.window > 0 and set(config.layers) == {"M"}  # no layer keeps more than its window
@@ -231,8 +271,11 @@ class Hydra(nn.Module):
         residual = {m for block in self.blocks for m in (block.attn.out, block.mlp.down)}
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                scale = std / math.sqrt(2 * self.config.n_layer) if module in residual else std
+                depth = self.config.n_layer * self.config.mor_recursions
+                scale = std / math.sqrt(2 * depth) if module in residual else std
                 done.append(nn.init.normal_(module.weight, std=scale))
+            elif isinstance(module, Router):
+                done.append(nn.init.normal_(module.weight, std=std))
             elif isinstance(module, RMSNorm):
                 done.append(nn.init.ones_(module.weight))
             elif isinstance(module, CCQA):
@@ -256,8 +299,11 @@ class Hydra(nn.Module):
     def context(self, pos: Tensor) -> Context:
         """Rotation tables at positions `pos` [T] or [B, T] and, where FlexAttention may run, its block masks."""
         flex = self.config.attn_backend != "sdpa" and (pos.is_cuda or self.config.attn_backend == "flex")
-        windows = {getattr(block.attn, "window", 0) for block in self.blocks} if flex else set()
-        return make_context(pos, self.rope_widths, self.config.rope_theta, windows)
+        c, T, masks = self.config, pos.shape[-1], set()
+        if flex:  # in evaluation every layer is given room for all tokens
+            shapes = layer_tokens(c, T) if self.training else [(letter, T) for letter in c.layers]
+            masks = {(tokens, c.window if letter == "M" else 0) for letter, tokens in shapes}
+        return make_context(pos, self.rope_widths, c.rope_theta, masks)._replace(static=self.static)
 
     def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Token ids [B, T] -> (logits, loss). Without targets: the last position's logits [B, 1, V], and None. With
@@ -278,10 +324,25 @@ class Hydra(nn.Module):
 
     def trunk(self, idx_BT: Tensor, ctx: Context, states: list[State] | None = None) -> Tensor:
         """Token ids [B, T] -> [B, T, D], before the final norm."""
-        x_BTD = self.embed(idx_BT)
-        for i, block in enumerate(self.decoders if ctx.decode and self.decoders else self.blocks):
-            x_BTD = block(x_BTD, ctx, states[i] if states else None)
-        return x_BTD
+        if not ctx.decode:
+            for router in self.depth_routers + [*self.recursion_routers]:
+                router.record = None
+        blocks = self.decoders if ctx.decode and self.decoders else self.blocks
+        return recurse(blocks, self.recursion_routers, self.embed(idx_BT), ctx, states)
+
+    @property
+    def depth_routers(self) -> list[Router]:
+        return [block.router for block in self.blocks if isinstance(block, MoD)]
+
+    def aux_loss(self) -> Tensor | float:
+        """What training adds to its last forward's loss, so that the routers' causal rule learns; 0 without any."""
+        records = [r.record for r in self.depth_routers + [*self.recursion_routers]]
+        return sum((record[0] for record in records if record is not None), start=0.0)
+
+    def routing(self) -> dict[str, Tensor]:
+        """Statistics of the last forward, see `routing.summary`; empty without routers."""
+        depths = self.depth_routers
+        return summary(depths, self.recursion_routers) if depths or len(self.recursion_routers) else {}
 
     def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor | None, Tensor]:
         """(logits or None, mean cross-entropy in nats) of the trunk's normed output: in one piece where the logits are
@@ -321,11 +382,17 @@ class Hydra(nn.Module):
 
     def new_state(self, B: int, S: int) -> "Decoding":
         """An empty state for B texts of up to S tokens each, in the dtype that the model computes in. Its size is
-        kv_bytes(config, S, itemsize) + tail_bytes(config, itemsize) for each of them."""
+        kv_bytes(config, S, itemsize, allocated=True) + tail_bytes(config, itemsize) for each of them."""
         weight = self.embed.weight
         like = weight.new_empty((), dtype=compute_dtype(weight))
-        layers = [block.attn.new_state(B, S, like) for block in self.blocks]
-        return Decoding(layers, torch.zeros(B, dtype=torch.int64, device=weight.device), S)
+        layers, zeros = [], partial(torch.zeros, B, dtype=torch.int64, device=weight.device)
+        for recursion in range(self.config.mor_recursions):
+            count = zeros()  # tokens of each row in this recursion; a routed block has its own
+            for block in self.blocks:
+                layers.append(block.attn.new_state(B, S, like))
+                if recursion or isinstance(block, MoD):
+                    layers[-1]["count"] = zeros() if isinstance(block, MoD) else count
+        return Decoding(layers, zeros(), S)
 
     def _check_room(self, tokens: int, state: "Decoding") -> None:
         if tokens > state.slots and not self.endless:
@@ -357,15 +424,16 @@ class Hydra(nn.Module):
     def generate(
         self, prompts: Tensor | list[Tensor], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
         top_p: float = 1.0, stop: int | None = None, generator: torch.Generator | None = None,
-        static: bool | None = None,
+        static: bool | None = None, state: Decoding | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yields the next token ids [B] as they come, at most max_new_tokens times.
 
         prompts: token ids [B, T], or a list of B tensors [T_b] of different lengths, at least one token each; no row
         sees another or its padding. temperature, top_k, top_p: see `pick`. stop: a token id that ends its row, which
         then yields only that id; the last row's end ends the generation. static: shapes that do not follow the text,
-        for compiled or graph-captured steps; None = on CUDA and after `compile_decoding`. Raises UserError for values
-        that cannot be, and where the text would outgrow block_size, unless every layer has a window.
+        for compiled or graph-captured steps; None = on CUDA and after `compile_decoding`. state: an empty one to use,
+        for a caller that looks at it afterwards. Raises UserError for values that cannot be, and where the text would
+        outgrow block_size, unless every layer has a window.
         """
         check_sampling(max_new_tokens, temperature, top_k, top_p)
         rows = list(prompts)
@@ -379,10 +447,10 @@ class Hydra(nn.Module):
         device = self.embed.weight.device
         idx_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         static = device.type == "cuda" or bool(self.decoders) if static is None else static
-        if static:  # lengths are powers of two, so that few shapes are ever compiled
-            slots = 1 << (slots - 1).bit_length()
-            idx_BT = F.pad(idx_BT, (0, (1 << (longest - 1).bit_length()) - longest))
-        state = self.new_state(len(rows), slots)
+        # static lengths are powers of two, so that few shapes are ever compiled
+        state = state or self.new_state(len(rows), 1 << (slots - 1).bit_length() if static else slots)
+        if static:
+            idx_BT = F.pad(idx_BT, (0, min(1 << (longest - 1).bit_length(), state.slots) - longest))
         lengths_B = torch.tensor([len(row) for row in rows], device=device)
         logits_BV = self.prefill(idx_BT, lengths_B, state)
         state.visible, state.uniform = (None, False) if static else (longest, shortest == longest)
@@ -435,6 +503,15 @@ def pick(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, genera
 # accounting by closed formula, per layer letter
 
 
+def layer_tokens(c: HydraConfig, T: int) -> list[tuple[str, int]]:
+    """(letter, tokens) of every layer of every recursion for texts of T tokens, at the routers' training capacities."""
+    return [
+        (letter, depth_tokens(c.mod_capacity, tokens) if c.mod_capacity and i % 2 else tokens)
+        for tokens in recursion_tokens(c.mor_recursions, T)
+        for i, letter in enumerate(c.layers)
+    ]
+
+
 def kv_heads(c: HydraConfig, letter: str) -> int:
     """Key/value heads of the uncompressed letters."""
     return {"A": c.n_head, "G": c.n_kv_head, "M": 1}[letter]
@@ -457,7 +534,8 @@ def attention_params(c: HydraConfig, letter: str) -> int:
 def count_params(c: HydraConfig) -> int:
     """All parameters; the head is the embedding."""
     mlp = 3 * c.dim * c.mlp_hidden
-    return c.vocab_size * c.dim + c.dim + sum(attention_params(c, a) + mlp + 2 * c.dim for a in c.layers)
+    routers = c.mor_recursions - 1 + (c.n_layer // 2 if c.mod_capacity else 0)
+    return (c.vocab_size + 1 + routers) * c.dim + sum(attention_params(c, a) + mlp + 2 * c.dim for a in c.layers)
 
 
 def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
@@ -475,9 +553,12 @@ def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
 
 
 def flops_per_token(c: HydraConfig, T: int) -> float:
-    """Forward FLOPs per token at T tokens, head included; training takes three times as many."""
-    mlp = 6 * c.dim * c.mlp_hidden
-    return 2 * c.dim * c.vocab_size + sum(attention_flops(c, a, T) + mlp for a in c.layers)
+    """Forward FLOPs per token at T tokens, head included, at the routers' training capacities; training takes three
+    times as many."""
+    mlp, candidates = 6 * c.dim * c.mlp_hidden, recursion_tokens(c.mor_recursions, T)
+    routers = sum(candidates[:-1]) + (c.n_layer // 2 * sum(candidates) if c.mod_capacity else 0)
+    layers = sum(tokens * (attention_flops(c, a, tokens) + mlp) for a, tokens in layer_tokens(c, T))
+    return 2 * c.dim * c.vocab_size + (layers + 2 * c.dim * routers) / T
 
 
 def state_values(c: HydraConfig, letter: str) -> int:
@@ -490,11 +571,13 @@ def state_values(c: HydraConfig, letter: str) -> int:
     return c.latent + c.latent // H // 2
 
 
-def kv_bytes(c: HydraConfig, T: int, itemsize: int = 2) -> int:
-    """Bytes that the decoding state of one sequence of T tokens grows to over all layers (windowed MQA keeps `window`
-    tokens), see `tail_bytes` for the constant part."""
-    kept = {a: min(T, c.window) if a == "M" and c.window else T for a in c.layers}
-    return itemsize * sum(kept[a] * state_values(c, a) for a in c.layers)
+def kv_bytes(c: HydraConfig, T: int, itemsize: int = 2, allocated: bool = False) -> int:
+    """Bytes that the decoding state of one sequence of T tokens fills over all layers (windowed MQA keeps `window`
+    tokens), see `tail_bytes` for the constant part. Routed layers hold the tokens that went through them: as many as
+    the training capacity if the causal rule keeps to it, up to T if not, which is what is `allocated`."""
+    layers = [(a, T) for a in c.layers * c.mor_recursions] if allocated else layer_tokens(c, T)
+    kept = [(a, min(tokens, c.window) if a == "M" and c.window else tokens) for a, tokens in layers]
+    return itemsize * sum(tokens * state_values(c, a) for a, tokens in kept)
 
 
 def tail_bytes(c: HydraConfig, itemsize: int = 2) -> int:
@@ -502,4 +585,4 @@ def tail_bytes(c: HydraConfig, itemsize: int = 2) -> int:
     H, G, K = c.ccqa_heads
     L, kappa = H * K, G * K
     rows = 2 * max(0, c.conv_kernel - 1)
-    return itemsize * c.layers.count("C") * (rows * (L + kappa) + c.value_shift * kappa // 2)
+    return itemsize * c.mor_recursions * c.layers.count("C") * (rows * (L + kappa) + c.value_shift * kappa // 2)

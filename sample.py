@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError, build, cli, need, parse
 from data import decode, get_tokenizer, token_text
-from model import Hydra, HydraConfig, check_sampling, count_params, kv_bytes, tail_bytes
+from model import Decoding, Hydra, HydraConfig, check_sampling, count_params, kv_bytes
 from train import copy_bandwidth, load_checkpoint, pick_compile, pick_device, pick_dtype, sync
 
 
@@ -77,17 +77,20 @@ def load_model(c: SampleConfig, device: torch.device):
     return model, get_tokenizer(checkpoint["train_config"]["tokenizer"])
 
 
-def report(model: Hydra, prompts: list[int], made: int, steps: int, seconds: float, copy: float) -> str:
+def report(
+    model: Hydra, state: Decoding, prompts: list[int], made: int, steps: int, seconds: float, copy: float
+) -> str:
     """How fast the tokens behind each row's first one came: `made` tokens in all, `steps` of them in the longest row,
     behind prompts of so many tokens; `copy` is the copy bandwidth in bytes/s."""
-    size = model.embed.weight.element_size()
-    # a step reads all weights and what the states hold by then: on average half of the new tokens
-    state = [sum(kv_bytes(model.config, n + new, size) for n in prompts) for new in (steps // 2, steps - 1)]
-    rate = (steps - 1) * (count_params(model.config) * size + state[0]) / seconds
-    tail = len(prompts) * tail_bytes(model.config, size)
-    return (f"{made} tokens, {(made - len(prompts)) / seconds:.1f} tokens/s, {rate / 1e9:.3g} GB/s read of weights and "
-            f"state, {rate / copy:.0%} of this machine's copy bandwidth ({copy / 1e9:.1f} GB/s); the state holds "
-            f"{state[1] + tail:,} bytes")  # fmt: skip
+    size, read = model.embed.weight.element_size(), ""
+    if not model.routing():  # which weights a routed token reads, and how often, is the routers' choice
+        # a step reads all weights and what the states hold by then: on average half of the new tokens
+        past = sum(kv_bytes(model.config, n + steps // 2, size) for n in prompts)
+        rate = (steps - 1) * (count_params(model.config) * size + past) / seconds
+        read = (f"{rate / 1e9:.3g} GB/s read of weights and state, {rate / copy:.0%} of this machine's copy bandwidth "
+                f"({copy / 1e9:.1f} GB/s); ")  # fmt: skip
+    return (f"{made} tokens, {(made - len(prompts)) / seconds:.1f} tokens/s, {read}the state holds "
+            f"{state.bytes(filled=True):,} of {state.bytes():,} bytes")  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -103,7 +106,12 @@ def main(argv: list[str]) -> int:
     model, enc = load_model(c, device)
     rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
     generator = torch.Generator(device).manual_seed(c.seed)
-    steps = model.generate(rows, c.max_new_tokens, c.temperature, c.top_k, c.top_p, enc.eot_token, generator)
+    longest, config = max(map(len, rows)), model.config
+    # beyond the block `generate` refuses: no reason to allocate for it
+    fits = model.endless or longest + c.max_new_tokens <= config.block_size
+    state = model.new_state(len(rows), longest + c.max_new_tokens) if fits else None
+    steps = model.generate(rows, c.max_new_tokens, c.temperature, c.top_k, c.top_p, enc.eot_token, generator,
+                           state=state)  # fmt: skip
 
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be cut between two tokens
     texts: list[list[int]] = [[] for _ in rows]
@@ -125,7 +133,8 @@ def main(argv: list[str]) -> int:
     made = sum(min(end + 1, len(times)) for end in ends)  # an end of text is a token too, what follows it is not
     if len(times) > 1:
         seconds = times[-1] - times[0]  # the first token of each row is the prefill's
-        print(report(model, list(map(len, rows)), made, len(times), seconds, copy_bandwidth(device)), file=sys.stderr)
+        lengths, copy = list(map(len, rows)), copy_bandwidth(device)
+        print(report(model, state, lengths, made, len(times), seconds, copy), file=sys.stderr)
     else:
         print(f"{made} tokens, too few to time", file=sys.stderr)
     return 0

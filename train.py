@@ -4,6 +4,7 @@
 - AdamW (fused), linear warmup and cosine, clipping by the global norm, gradient accumulation, bf16 autocast.
 - OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
 - Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU.
+- Routed models (routing.py) train with their auxiliary losses added; `loss` in the log is the language model's alone.
 - A step whose loss or gradient is not finite is skipped, counted and named; ten in a row end the run.
 Left out: float16 and its loss scaling, several processes, other optimisers.
 """
@@ -30,6 +31,7 @@ from configurator import UserError, build, cli, need, parse, to_toml
 from data import decode, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from model import IGNORE, Hydra, HydraConfig, count_params, flops_per_token
 
+BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
 
 
@@ -368,9 +370,11 @@ def main(argv: list[str]) -> int:
         write_atomically(out / name, lambda temporary: torch.save(content, temporary))
 
     if compiled:
-        torch._dynamo.config.recompile_limit = 64  # letters x (training, evaluation), and all share Block.forward
+        # letters x (training, evaluation) x recursions' lengths, and all share Block.forward
+        torch._dynamo.config.recompile_limit = 64 * config.mor_recursions
+        model.static = True
         for block in model.blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, dynamic=False)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     # ---- the loop: save, evaluate, sample, step
@@ -411,7 +415,9 @@ def main(argv: list[str]) -> int:
             with autocast:
                 val_loss, val_bpb = evaluate(model, corpus.val, bytes_V, c.batch_size, c.eval_iters, device)
             best = val_loss < state["best"]
-            record({"step": step, "val_loss": val_loss, "val_bpb": val_bpb, "best": best})
+            # of the evaluation's last batch
+            routed = {f"val_{name}": value.item() for name, value in model.routing().items() if name in BY_RULE}
+            record({"step": step, "val_loss": val_loss, "val_bpb": val_bpb, "best": best} | routed)
             print(f"step {step:5d} | validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte{' (best)' * best}")
             if best:
                 state["best"] = val_loss
@@ -434,7 +440,7 @@ def main(argv: list[str]) -> int:
             x, y = batch(step, micro)
             with autocast:
                 _, loss = model(x, y)
-            (loss / c.gradient_accumulation_steps).backward()
+            ((loss + model.aux_loss()) / c.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
         norm_tensor = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         loss, norm = torch.stack([torch.stack(losses).mean(), norm_tensor]).tolist()  # the step's one sync point
@@ -464,12 +470,14 @@ def main(argv: list[str]) -> int:
             seconds, clipped = spent / timed, state["clipped"] / max(1, state["counted"])
             mfu = flops_per_step / seconds / peak
             eta = (c.max_iters - step - 1) * (time.perf_counter() - began) / (step + 1 - first_step)
+            routed = {name: value.item() for name, value in model.routing().items()}  # of this step's last batch
             record({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "clipped": clipped,
                     "ms": seconds * 1e3, "tokens_per_s": tokens_per_step / seconds, "mfu": mfu, "eta_s": eta,
-                    "skipped": state["skipped"]})  # fmt: skip
+                    "skipped": state["skipped"]} | routed)  # fmt: skip
             print(f"step {step + 1:5d} | {(step + 1) / c.max_iters:4.0%} | loss {loss:.4f} | lr {lr:.2e} | "
                   f"norm {norm:.2f} | clipped {clipped:4.0%} | {seconds * 1e3:.0f} ms | "
                   f"{tokens_per_step / seconds:,.0f} tokens/s | MFU {mfu:.0%} | "
+                  + "".join(f"{name} {value:.3f} | " for name, value in routed.items()) +
                   f"ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)  # fmt: skip
             spent, timed, state["clipped"], state["counted"] = 0.0, 0, 0, 0
 

@@ -122,7 +122,7 @@ def reference_ccqa(layer, x, c):
 def reference_mla(layer, x, c):
     H, R = c.n_head, int(c.dim * c.latent_ratio)
     K = R // H
-    Wq, Wuk, Wkr, Wuv = layer.up.weight.split((R, R // 2, K // 2, R))
+    Wq, Wkr, Wuk, Wuv = layer.up.weight.split((R, K // 2, R // 2, R))
     out = torch.zeros_like(x)
     for b in range(x.size(0)):
         latent = [rms(layer.down.weight @ x[b, t], layer.latent_norm.weight) for t in range(x.size(1))]
@@ -244,7 +244,7 @@ def test_compiled_flex_equals_sdpa_on_a_cpu(window):
     torch.manual_seed(0)
     torch._dynamo.reset()
     q, k, v = (torch.randn(1, 400, heads, 16) for heads in (4, 2, 2))
-    ctx = make_context(torch.arange(400), {16}, 1e4, {window})
+    ctx = make_context(torch.arange(400), {16}, 1e4, {(400, window)})
     expected = attend(q, k, v, ctx, window, "sdpa")
     compiled = torch.compile(lambda q, k, v: attend(q, k, v, ctx, window, "flex"), fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), expected, rtol=1e-5, atol=1e-5)

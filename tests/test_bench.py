@@ -25,6 +25,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "MACRO_LENGTHS", (32,))
     monkeypatch.setattr(bench, "in_child", lambda call, *args, method="": call(*args))  # its own test starts processes
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
 
     def stored(*argv):
         assert bench.main([*argv[:1], *TINY, *argv[1:], f"--json={tmp_path / 'bench.json'}"]) == 0
@@ -74,6 +75,7 @@ def test_speed_has_every_subject_in_every_precision(run):
 @pytest.mark.slow
 def test_compiled_rows_have_their_compilation_apart(monkeypatch):
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
     run = bench.Run("speed", small(), bench.BenchConfig(rounds=2), CPU, {"float32": 1e12})
     rows = list(bench.compare(run, {a: ("attention", small(a)) for a in "AG"}, 2, 16, "float32"))
     assert [(r["mix"], r["mode"]) for r in rows] == [(a, m) for a in "AG" for m in bench.MODES]
@@ -255,6 +257,7 @@ def test_turns_are_interleaved_after_one_that_is_not_counted():
 ])  # fmt: skip
 def test_bad_input_is_refused(args, words, monkeypatch):
     monkeypatch.setattr(bench, "Contestant", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
     with pytest.raises(UserError, match=words):
         bench.main(args)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -469,25 +470,30 @@ def test_sample_prints_each_token_as_it_comes_up_to_the_end_of_text(tmp_path, ca
     assert capsys.readouterr().out == ""
     seen = []
 
-    def tokens(self, *_):
+    def tokens(self, *_, state):
         assert isinstance(self.blocks[0].attn.out, PackedLinear)
         for pair in zip([*"é".encode(), *b"x", 256, *b"z"], [*b"yyy", 256, *b"z"], strict=True):
             yield torch.tensor(pair)
             seen.append(capsys.readouterr().out)
 
     monkeypatch.setattr(Hydra, "generate", tokens)
-    sample.main(args)
+    sample.main([*args, "--max_new_tokens=9"])
     assert seen == ["a", "é", "x", "", ""] and capsys.readouterr().out == "\n" + "-" * 30 + "\nbyyy\n"
 
 
 def test_the_report_of_a_generation():
     """Rates of what happened after the first tokens; the state at its end, without the last token of each row."""
     config = HydraConfig(vocab_size=257, block_size=32, dim=32, n_head=2, n_kv_head=1, compression=2)
-    line = sample.report(Hydra(config), [3, 5], made=17, steps=11, seconds=2.0, copy=1e9)
-    state = [sum(kv_bytes(config, n + new, 4) for n in (3, 5)) for new in (5, 10)]
-    rate = 10 * (4 * count_params(config) + state[0]) / 2.0
+    net = Hydra(config)
+    state = net.new_state(2, 20)
+    state.pos_B += torch.tensor([13, 15])
+    line = sample.report(net, state, [3, 5], made=17, steps=11, seconds=2.0, copy=1e9)
+    rate = 10 * (4 * count_params(config) + sum(kv_bytes(config, n + 5, 4) for n in (3, 5))) / 2.0
     assert f"17 tokens, {15 / 2:.1f} tokens/s, {rate / 1e9:.3g} GB/s" in line and f" {rate / 1e9:.0%} of" in line
-    assert f"holds {state[1] + 2 * tail_bytes(config, 4):,} bytes" in line
+    holds = sum(kv_bytes(config, n, 4) + tail_bytes(config, 4) for n in (13, 15))
+    assert f"holds {holds:,} of {2 * (kv_bytes(config, 20, 4) + tail_bytes(config, 4)):,} bytes" in line
+    routed = Hydra(replace(config, mod_capacity=0.5))
+    assert "GB/s" not in sample.report(routed, routed.new_state(2, 20), [3, 5], 17, 11, 2.0, 1e9)
 
 
 @pytest.mark.parametrize("changes, words", [
