@@ -31,7 +31,7 @@ VARIANTS = {
     "MoD-C": dict(pattern="C", n_layer=4, mod_capacity=0.5),
     "MoD-L": dict(pattern="L", n_layer=4, mod_capacity=0.5),
     "MoR": dict(pattern="MCL", n_layer=3, mor_recursions=3),
-    "MoD in MoR": dict(pattern="LMMCCL", n_layer=6, mod_capacity=0.5, mor_recursions=3),  # routes an M, a C and an L
+    "MoD in MoR": dict(pattern="LMMCCL", n_layer=6, mod_capacity=0.5, mor_recursions=2),  # routes an M, a C and an L
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
