@@ -34,6 +34,27 @@ from configurator import UserError
 FLEX_BLOCK = 128  # rows and columns of a BlockMask's tile, FlexAttention's own default
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """RMSNorm on a CPU, where torch's is a chain of operators that keeps its input and the normed input for the
+    backward. This keeps the input, which the residual line keeps anyway, and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        normed, grad = x * rstd, grad.to(rstd.dtype)
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        grad_x = rstd * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+        return grad_x.to(x.dtype), grad_weight, None
+
+
 class RMSNorm(nn.Module):
     """RMSNorm with a learned gain over the last axis (arXiv:1910.07467, eq. 4)."""
 
@@ -43,8 +64,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # the fused kernel wants gain and input in one dtype; under autocast the input may be bf16
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)  # the fused kernel wants one dtype; under autocast the input may be bf16
+        if x.requires_grad and not x.is_cuda:
+            return RMSNormFunction.apply(x, weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, weight, self.eps)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -214,7 +237,7 @@ def share_heads(q_BHTK: Tensor, k_BGTK: Tensor) -> bool:
         work, threads = heads * q_BHTK.size(0), cpu_threads()
         return work / (-(-work // threads) * threads)
 
-    return q_BHTK.is_cuda or busy(k_BGTK.size(1)) > busy(q_BHTK.size(1)) - 0.1
+    return q_BHTK.is_cuda or busy(k_BGTK.size(1)) > 0.9 * busy(q_BHTK.size(1))
 
 
 def store(slots_BSGK: Tensor, new_BTGK: Tensor, ctx: Context) -> None:

@@ -8,12 +8,14 @@
 - length: time against T for each letter, with the exponent fitted; --peers: CCQA against transformers' ZayaAttention.
 - decode: generation with states against without, the hybrid against MHA; --peers: against a Llama of equal size.
 
-What is compared runs in one process, in turns; the median counts, spread is the interquartile range over it, `x_...` is
-the median of the round-by-round ratios of the times (of forward+backward; of bytes in memory). Compilation, with empty
-caches, and warm-up are not in the times. bf16 is autocast over fp32 weights (decode: bf16 weights). FLOPs are those of
-model.py's formulas, a backward has twice its forward's; train: 6 a parameter and token. of_peak is the part of a large
-matrix product's rate in that dtype. Absolute times of a shared CPU mean little, ratios more. A row that does not fit in
-memory, or in the time of the short run, is listed as left out with the reason.
+What is compared runs in one process, in turns; the median counts, spread is the interquartile range over it. `x_...`
+is the median of the round-by-round ratios of the times (of forward+backward); in memory x_first compares the bytes
+that a step adds, x_peak all; in decode `..._x` says how many times slower the other one is, and uncached_x is put
+together from the times of a prefill, a step and a full forward of the mean length. Compilation, with empty caches,
+and warm-up are not in the times. bf16 is autocast over fp32 weights (decode: bf16 weights). FLOPs are those of
+model.py's formulas, a backward has twice its forward's; train: 6 a parameter and token. of_peak is the part of a
+large matrix product's rate in that dtype. Absolute times of a shared CPU mean little, ratios more. A row that does
+not fit in memory, or in the time of the short run, is listed as left out with the reason. Dense models only.
 """
 
 import ctypes
@@ -39,11 +41,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import model as accounting
-from attention import CCQA, GQA, MLA
+from attention import CCQA, GQA, MLA, RMSNorm
 from configurator import UserError, build, cli, need, parse, to_toml
 from model import (
     MAX_LOGITS,
@@ -289,7 +292,13 @@ class Separate(nn.Module):
 
 def naive(net: Hydra) -> None:
     """The naive path, in place: separate projections of q, k, v and of gate and up, rotation tables made anew in every
-    layer, and (see `measure`) the fp32 logits of all tokens, kept for the backward. Its attention is SDPA too."""
+    layer, norms and SwiGLU as autograd keeps them, and (see `measure`) the fp32 logits of all tokens, kept for the
+    backward. Its attention is SDPA too."""
+
+    def swiglu(m: SwiGLU, x: Tensor) -> Tensor:
+        gate, up = m.gate_up(x).chunk(2, dim=-1)
+        return m.down(F.silu(gate) * up)
+
     for m in list(net.modules()):
         if isinstance(m, GQA):
             kv = m.n_kv_head * m.head_width
@@ -300,6 +309,9 @@ def naive(net: Hydra) -> None:
             m.up = Separate(m.up, m.latent, m.rope_width, m.latent // 2, m.latent)
         elif isinstance(m, SwiGLU):
             m.gate_up = Separate(m.gate_up, *[m.gate_up.out_features // 2] * 2)
+            m.forward = partial(swiglu, m)
+        elif isinstance(m, RMSNorm):
+            m.forward = lambda x, m=m: F.rms_norm(x, m.weight.shape, m.weight.to(x.dtype), m.eps)
     for block in net.blocks:
         block.attn.register_forward_pre_hook(lambda _, args: (args[0], net.context(args[1].pos), *args[2:]))
 
@@ -355,7 +367,7 @@ def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Ite
     calls, starts = {}, {}
     with import_module("torch._inductor.utils").fresh_cache() if "compiled" in modes else nullcontext():
         for name, (level, c) in what.items():
-            for mode in modes if level != "peer" else modes[:1]:
+            for mode in modes if level != "peer" else MODES[:1]:
                 it = Contestant(level, c, B, T, run.device, dtype)
                 start = {}
                 if mode == "compiled" and level == "train":  # two runs one after the other, before this one fills them
@@ -374,7 +386,8 @@ def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Ite
         row = label | {"level": what[name][0], "mix": name, "mode": mode} | figures(times, name, mode, first, B * T)
         rate = step_flops(*what[name], B, T) / row["ms"] * 1e3
         row |= {"tflops": rate / 1e12, "peak_tflops": peak / 1e12, "of_peak": rate / peak}
-        yield row | {key: seconds - row["ms"] / 1e3 for key, seconds in start.items()}
+        # a child that the system killed has no seconds
+        yield row | {key: seconds - row["ms"] / 1e3 for key, seconds in start.items() if seconds is not None}
 
 
 def figures(times: dict, name: str, mode: str, first: str, tokens: int) -> dict:
@@ -442,10 +455,10 @@ def train(run: Run) -> Iterator[dict]:
 def compression(run: Run) -> Iterator[dict]:
     what = {"A": ("attention", replace(run.c, pattern="A"))}
     for n in (2, 4, 8):
-        if run.c.dim % (2 * run.c.n_head * n):
-            yield {"mix": f"C{n}x", "left_out": f"dim={run.c.dim} is no multiple of 2*n_head*{n}"}
-        else:
+        try:
             what[f"C{n}x"] = "attention", replace(run.c, pattern="C", compression=n)
+        except UserError as error:
+            yield {"mix": f"C{n}x", "left_out": str(error)}
     for dtype in DTYPES:
         sizes = {row["mix"]: row for row in weigh(run, what, 1, 1024, dtype)}
         for row in compare(run, what, 1, 1024, dtype):
@@ -521,18 +534,18 @@ def weigh(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Itera
     seconds = len(what) + 3 * sum(step_flops(*w, B, T) for w in what.values()) / run.peaks[dtype]
     reason = run.refuse(label, max(sum(step_bytes(*w, B, T)) for w in what.values()), seconds)
     if run.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
-        reason = "the peak of a CPU's process is read from Linux's /proc"
+        reason = reason or "the peak of a CPU's process is read from Linux's /proc"
     if reason:
         yield label | {"left_out": reason}
         return
-    base = None
+    first, base = next(iter(what)), None
     for name, (level, c) in what.items():
         args = level, c, B, T, run.device, dtype
         cuda = run.device.type == "cuda"  # its counter can be set back, a process takes its memory to its end
         row = measure(*args) if cuda else in_child(measure, *args)
-        if row:
-            base = base or row["step_mb"]
-            row |= {"x_first": row["step_mb"] / base}
+        base = row if name == first else base
+        if row and base:
+            row |= {"x_first": row["step_mb"] / base["step_mb"], "x_peak": row["peak_mb"] / base["peak_mb"]}
         yield label | {"level": level, "mix": name} | (row or {"left_out": "the system killed it: too little memory"})
 
 
@@ -727,7 +740,7 @@ def draw(tables: dict[str, list[dict]], folder: Path) -> None:
     for table, rows in tables.items():
         figure = import_module("matplotlib.figure").Figure(figsize=(9, 7), layout="constrained")
         axes, lines = figure.subplots(), {}
-        key = next(k for k in ("step_mb", "of_layer_1024", "ms", "left_out") if any(k in row for row in rows))
+        key = next(k for k in ("of_layer_1024", "ms", "step_mb", "left_out") if any(k in row for row in rows))
         for row in (row for row in rows if key in row and key != "left_out" and row.get("level") != "fit"):
             names = [str(row[k]) for k in LABEL if k in row and not (table == "length" and k in "BT")]
             lines.setdefault(" ".join(names), []).append((row.get("T", 0), row[key]))
@@ -759,7 +772,7 @@ def fill(run: Run, rows: list[dict]) -> None:
     print(f"\n== {run.table}", flush=True)
     start, above, left = time.perf_counter(), [], {}
     timed = run.table in ("speed", "compression", "length", "train")
-    compiled = [{"mode": "compiled", "left_out": run.late}] if run.short and timed else []
+    compiled = [{"mode": "compiled", "left_out": run.late}] if run.short and timed and not run.b.only else []
     for row in chain(TABLES[run.table](run), compiled):
         rows.append(row)
         if "left_out" in row:
@@ -785,6 +798,8 @@ def main(argv: list[str]) -> int:
     shape = parse([str(CONFIGS / "small.toml"), *files], HydraConfig, TrainConfig)
     base = {name: value for name, value in shape.items() if name in asdict(HydraConfig())}
     c, b = build(given, HydraConfig, BenchConfig, base=base)
+    need(c, "mod_capacity", not c.mod_capacity, "the bench measures dense models: use 0")
+    need(c, "mor_recursions", c.mor_recursions == 1, "the bench measures dense models: use 1")
     device = pick_device(b.device)
     if b.plot:
         package("matplotlib", "--plot")

@@ -167,6 +167,9 @@ def test_a_state_that_is_full_is_an_error():
     state.visible = 8
     with pytest.raises(UserError, match="9 tokens do not fit into a state of 8"):
         net.decode(text[:, 8], state)
+    for B, S in ((2, 11), (1, 12)):
+        with pytest.raises(UserError, match=r"new_state\(2, 12\)"):
+            next(net.generate(text, 3, state=net.new_state(B, S)))
 
 
 @torch.no_grad()

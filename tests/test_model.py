@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import model as model_module
+from attention import RMSNorm
 from configurator import UserError
 from model import (
     ChunkedCrossEntropy,
@@ -21,6 +22,7 @@ from model import (
     kv_bytes,
     pick,
     state_values,
+    tail_bytes,
 )
 
 SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, n_layer=8, compression=2, mlp_ratio=1.0)
@@ -250,6 +252,46 @@ def test_blocks_of_one_letter_share_their_graph():
     assert counter.frame_count == 3 + 7  # A and G trained, five evaluated; the other three are there already
 
 
+# ---- functions with a backward of their own
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rmsnorm_with_gradients_is_torchs(dtype):
+    norm = RMSNorm(48, 1e-6).to(dtype)
+    nn.init.normal_(norm.weight, 1.0, 0.2)
+    x, grad = (torch.randn(3, 7, 48).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    got, expected = norm(x), F.rms_norm(x, (48,), norm.weight, 1e-6)
+    assert got.grad_fn is not None and "RMSNormFunction" in got.grad_fn.name() and torch.equal(got, expected)
+    ours, torchs = (torch.autograd.grad(y, [x, norm.weight], grad) for y in (got, expected))
+    tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_swiglu_with_gradients_is_the_plain_one_and_keeps_less(autocast):
+    """Besides its input and weights it keeps gate and up, and neither silu(gate) nor the product."""
+    mlp, x = make("A").blocks[0].mlp, torch.randn(2, 5, 64, requires_grad=True)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            got = mlp(x)
+        gate, up = F.linear(x, mlp.gate_up.weight).chunk(2, dim=-1)
+        expected = F.linear(F.silu(gate) * up, mlp.down.weight)
+    assert torch.equal(got, expected)
+    hidden = mlp.down.in_features
+    assert sum(n for n in kept.values() if n % hidden == 0 and n < 64 * hidden) == 10 * 2 * hidden
+    ours, plain = (torch.autograd.grad(y.float().square().sum(), [x, *mlp.parameters()]) for y in (got, expected))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 # ---- 6 accounting
 
 
@@ -317,6 +359,7 @@ def test_state_bytes_of_the_architecture_page():
     c = HydraConfig(**SMALL)
     assert [state_values(c, a) for a in "AGMCL"] == [1536, 384, 128, 96, 400]
     assert kv_bytes(c, 1) / 2 / 24 == 184
+    assert tail_bytes(HydraConfig(**SMALL | {"pattern": "AGML", "latent_head_dim": 512})) == 0
     windowed = HydraConfig(**SMALL | {"window": 100})
     assert kv_bytes(c, 1000) - kv_bytes(windowed, 1000) == 2 * 900 * 128 * 9
 
