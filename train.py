@@ -112,7 +112,7 @@ def pick_dtype(asked: str, device: torch.device, dim: int) -> tuple[torch.dtype,
 
 
 def pick_compile(asked: str, device: torch.device, max_iters: int) -> tuple[bool, str]:
-    """(whether to compile the blocks, reason). On a CPU it gains 5-20% a step, costs 15-40 s once, and calls g++.
+    """(whether to compile the blocks, reason). On a CPU it gains 10-30% a step, costs 15-40 s once, and calls g++.
     UserError where "on" was asked for and cannot be."""
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     missing = "" if shutil.which("g++") and headers else "there is no g++ or no Python.h here"

@@ -156,6 +156,20 @@ def test_ccqa_equals_the_reference(changes):
     torch.testing.assert_close(layer(x, ctx), reference_ccqa(layer, x, config), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("letter", ["G", "M", "C"])
+def test_repeating_key_value_heads_for_idle_threads_changes_no_gradient(letter, monkeypatch):
+    layer, x, ctx, _ = build(letter)
+    x, found = x[:1].requires_grad_(), []
+    for threads in (1, 4):  # 4 threads have one head each only if those of the queries are repeated
+        monkeypatch.setattr(attention, "cpu_threads", lambda threads=threads: threads)
+        y = layer(x, ctx)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+    heads, shared = torch.empty(1, 4, 9, 8), torch.empty(1, 2, 9, 8)
+    assert not attention.share_heads(heads, shared) and attention.share_heads(heads.expand(2, -1, -1, -1), shared)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
 def test_mla_equals_the_reference(ratio):
