@@ -42,7 +42,7 @@ class HydraConfig:
     pattern: str = "MMCCCLML"  # attention of each layer: A MHA, G GQA, M MQA, C CCQA, L MLA
     mlp_ratio: float = 2.0  # SwiGLU's hidden width over D, rounded up to a multiple of 256
     compression: int = 4  # C, CCQA's latent is D/C wide
-    latent_head_dim: int = 0  # width of CCQA's heads, 0 = D/C/n_head; wider ones are fewer, at the same latent
+    latent_head_dim: int = 32  # width of CCQA's heads, 0 = D/C/n_head; wider ones are fewer, at the same latent
     conv_kernel: int = 3  # taps of each of CCQA's two causal convolutions, 0 = no convolution
     qk_gain: float = 0.25  # gain of CCQA's QK-mean coupling, 0 to 0.5, 0 = no coupling
     value_shift: bool = True  # half of CCQA's values come from the previous token

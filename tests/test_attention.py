@@ -23,7 +23,8 @@ from attention import (
 from configurator import UserError
 from model import Hydra, HydraConfig
 
-SHAPE = dict(vocab_size=61, block_size=64, dim=64, n_head=4, n_kv_head=2, n_layer=1, compression=2, mlp_ratio=1.0)
+SHAPE = dict(vocab_size=61, block_size=64, dim=64, n_head=4, n_kv_head=2, n_layer=1, compression=2, latent_head_dim=0,
+             mlp_ratio=1.0)  # fmt: skip
 
 
 def build(letter: str, **changes):

@@ -12,7 +12,8 @@ from attention import make_attention
 from configurator import UserError
 from model import HydraConfig, count_params, state_values
 
-TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--n_layer=3", "--pattern=MCL", "--vocab_size=64",
+TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--latent_head_dim=0",
+        "--n_layer=3", "--pattern=MCL", "--vocab_size=64",
         "--mlp_ratio=1", "--prompt_tokens=8", "--new_tokens=4", "--context=16", "--rounds=2"]  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -38,7 +39,8 @@ def run(tmp_path, monkeypatch):
 
 
 def small(pattern="MCL", **changes) -> HydraConfig:
-    return HydraConfig(**dict(dim=32, n_head=2, n_kv_head=1, compression=2, n_layer=3, vocab_size=64, mlp_ratio=1.0,
+    return HydraConfig(**dict(dim=32, n_head=2, n_kv_head=1, compression=2, latent_head_dim=0,
+                              n_layer=3, vocab_size=64, mlp_ratio=1.0,
                               pattern=pattern) | changes)  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def test_the_flops_table_equals_the_counter(run):
 
 
 def test_the_percentages_of_the_small_shape():
-    c = HydraConfig(vocab_size=50257, dim=768, n_head=12, n_kv_head=3, n_layer=24, mlp_ratio=3.0)
+    c = HydraConfig(vocab_size=50257, dim=768, n_head=12, n_kv_head=3, n_layer=24, mlp_ratio=3.0, latent_head_dim=0)
     row = next(r for r in bench.flops(bench.Run("flops", c, bench.BenchConfig(), CPU, {})) if r["mix"] == "C")
     assert [round(row[f"of_layer_{T}"], 3) for T in (512, 1024, 8192)] == [0.718, 0.696, 0.520]
 

@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from configurator import UserError
 from model import Hydra, HydraConfig, kv_bytes, tail_bytes
 
-SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, n_layer=8, compression=2, mlp_ratio=1.0)
+SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, n_layer=8, compression=2, latent_head_dim=0,
+             mlp_ratio=1.0)  # fmt: skip
 VARIANTS = [
     *({"pattern": p} for p in ("A", "G", "M", "C", "L", "MMCCCLML")),
     *({"pattern": "M", "window": w} for w in (1, 5, 8, 40)),

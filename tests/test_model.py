@@ -25,8 +25,10 @@ from model import (
     tail_bytes,
 )
 
-SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, n_layer=8, compression=2, mlp_ratio=1.0)
-SMALL = dict(vocab_size=50257, block_size=1024, dim=768, n_head=12, n_kv_head=3, n_layer=24, mlp_ratio=3.0)
+SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, n_layer=8, compression=2, latent_head_dim=0,
+             mlp_ratio=1.0)  # fmt: skip
+SMALL = dict(latent_head_dim=0, vocab_size=50257, block_size=1024, dim=768, n_head=12, n_kv_head=3,
+             n_layer=24, mlp_ratio=3.0)  # fmt: skip
 MEDIUM = SMALL | dict(dim=896, n_head=14, n_kv_head=2, mlp_ratio=3.5)
 LARGE = SMALL | dict(dim=1024, n_head=16, n_kv_head=4, mlp_ratio=4.0)
 PATTERNS = ["A", "G", "M", "C", "L", "MMCCCLML"]

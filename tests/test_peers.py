@@ -26,7 +26,7 @@ def test_ccqa_equals_zaya_attention(taps, compression, groups):
         ZayaConfig(hidden_size=D, num_attention_heads=H, num_key_value_heads=groups, head_dim=K, cca_time0=taps,
                    cca_time1=taps, num_hidden_layers=1, attn_implementation="sdpa", vocab_size=10), 0)  # fmt: skip
     ours = CCQA(HydraConfig(pattern="C", n_layer=1, dim=D, n_head=H, n_kv_head=groups, compression=compression,
-                            conv_kernel=taps, qk_gain=0.5, norm_eps=1e-12))  # fmt: skip
+                            conv_kernel=taps, qk_gain=0.5, norm_eps=1e-12, latent_head_dim=0))  # fmt: skip
     ours.norm = torch.nn.Identity()
     projection = theirs.qkv_proj
     for p in theirs.parameters():

@@ -25,7 +25,8 @@ from routing import Router
 from train import TrainConfig
 
 ROOT = Path(train.__file__).parent
-SHAPE = dict(vocab_size=97, block_size=256, dim=64, n_head=4, n_kv_head=2, compression=2, mlp_ratio=1.0)
+SHAPE = dict(vocab_size=97, block_size=256, dim=64, n_head=4, n_kv_head=2, compression=2, latent_head_dim=0,
+             mlp_ratio=1.0)  # fmt: skip
 VARIANTS = {
     "MoD-M": dict(pattern="M", n_layer=4, mod_capacity=0.5),
     "MoD-C": dict(pattern="C", n_layer=4, mod_capacity=0.5),
