@@ -32,7 +32,7 @@ VARIANTS = {
     "MoD-C": dict(pattern="C", n_layer=4, mod_capacity=0.5),
     "MoD-L": dict(pattern="L", n_layer=4, mod_capacity=0.5),
     "MoR": dict(pattern="MCL", n_layer=3, mor_recursions=3),
-    "MoD in MoR": dict(pattern="LMMCCL", n_layer=6, mod_capacity=0.5, mor_recursions=2),  # routes an M, a C and an L
+    "MoD in MoR": dict(pattern="LMMCCL", n_layer=6, mod_capacity=0.5, mor_recursions=3),  # routes an M, a C and an L
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -560,7 +560,8 @@ def test_values_that_cannot_be_are_refused_in_one_line(changes, words):
 ])  # fmt: skip
 def test_a_run_logs_its_routing_and_its_checkpoint_generates(keys, names, tmp_path, capsys, monkeypatch):
     """`loss` is the language model's: the same as without an auxiliary loss, which moves only the weights."""
-    args = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--mlp_ratio=1", "--block_size=32",
+    args = ["--dim=32", "--latent_head_dim=0", "--n_head=2", "--n_kv_head=1", "--compression=2",
+            "--mlp_ratio=1", "--block_size=32",
             "--vocab_size=257", "--tokenizer=bytes", f"--data={__file__}", "--batch_size=2", "--eval_iters=2",
             "--log_interval=1", "--sample_tokens=4", "--max_iters=2", "--gradient_accumulation_steps=2",
             f"--cache_dir={tmp_path / 'cache'}"]  # fmt: skip
