@@ -110,6 +110,8 @@ def main(argv: list[str]) -> int:
     # beyond the block `generate` refuses: no reason to allocate for it
     fits = model.endless or longest + c.max_new_tokens <= config.block_size
     state = model.new_state(len(rows), longest + c.max_new_tokens) if fits else None
+    if c.compile == "on" and fits and c.max_new_tokens > 1:  # compile now, so that the rate below is without it
+        list(model.generate(rows, 2, state=model.new_state(len(rows), longest + c.max_new_tokens)))
     steps = model.generate(rows, c.max_new_tokens, c.temperature, c.top_k, c.top_p, enc.eot_token, generator,
                            state=state)  # fmt: skip
 
