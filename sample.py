@@ -106,12 +106,12 @@ def main(argv: list[str]) -> int:
     model, enc = load_model(c, device)
     rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
     generator = torch.Generator(device).manual_seed(c.seed)
-    longest, config = max(map(len, rows)), model.config
+    slots = max(map(len, rows)) + c.max_new_tokens
     # beyond the block `generate` refuses: no reason to allocate for it
-    fits = model.endless or longest + c.max_new_tokens <= config.block_size
-    state = model.new_state(len(rows), longest + c.max_new_tokens) if fits else None
+    fits = model.endless or slots <= model.config.block_size
+    state = model.new_state(len(rows), slots) if fits else None
     if c.compile == "on" and fits and c.max_new_tokens > 1:  # compile now, so that the rate below is without it
-        list(model.generate(rows, 2, state=model.new_state(len(rows), longest + c.max_new_tokens)))
+        list(model.generate(rows, 2, state=model.new_state(len(rows), slots)))
     steps = model.generate(rows, c.max_new_tokens, c.temperature, c.top_k, c.top_p, enc.eot_token, generator,
                            state=state)  # fmt: skip
 
