@@ -7,15 +7,20 @@
 - flops: attention and layer (with its MLP) as a part of MHA's, the modules' counted FLOPs, and what a report claims.
 - length: time against T for each letter, with the exponent fitted; --peers: CCQA against transformers' ZayaAttention.
 - decode: generation with states against without, the hybrid against MHA; --peers: against a Llama of equal size.
+- routing: a training step, an evaluation and decoding with MoD, MoR and both against the dense shape; eager, or with
+  --only=compiled a compiled training step. With --mod_capacity or --mor_recursions: that shape instead.
+- scaling: config/scale_*.toml, those that fit are trained for a few steps on the default corpus, time and routing of
+  the others are predicted from them (see `fit`).
 
 What is compared runs in one process, in turns; the median counts, spread is the interquartile range over it. `x_...`
-is the median of the round-by-round ratios of the times (of forward+backward); in memory x_first compares the bytes
-that a step adds, x_peak all; in decode `..._x` says how many times slower the other one is, and uncached_x is put
-together from the times of a prefill, a step and a full forward of the mean length. Compilation, with empty caches,
-and warm-up are not in the times. bf16 is autocast over fp32 weights (decode: bf16 weights). FLOPs are those of
-model.py's formulas, a backward has twice its forward's; train: 6 a parameter and token. of_peak is the part of a
-large matrix product's rate in that dtype. Absolute times of a shared CPU mean little, ratios more. A row that does
-not fit in memory, or in the time of the short run, is listed as left out with the reason. Dense models only.
+is the median of the round-by-round ratios of the times (of forward+backward), x_first to the first of the comparison,
+MHA or the dense shape; in memory x_first compares the bytes that a step adds, x_peak all; in decode `..._x` says how
+many times slower the other one is, and uncached_x is put together from the times of a prefill, a step and a full
+forward of the mean length. Compilation, with empty caches, and warm-up are not in the times. bf16 is autocast over
+fp32 weights (decode: bf16 weights). FLOPs are those of model.py's formulas, a backward has twice its forward's; table
+train: 6 a parameter and token. of_peak is the part of a large matrix product's rate in that dtype.
+Absolute times of a shared CPU mean little, ratios more. A row that does not fit in memory, or in the time of the short
+run, is listed as left out with the reason.
 """
 
 import ctypes
@@ -33,12 +38,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from functools import partial
-from importlib import import_module
-from itertools import chain, product
+from importlib import import_module, metadata
+from itertools import chain, count, pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +56,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import model as accounting
 from attention import CCQA, GQA, MLA, RMSNorm
 from configurator import UserError, build, cli, need, parse, to_toml
+from data import eval_batches, get_batch, prepare
 from model import (
     MAX_LOGITS,
     Hydra,
@@ -56,10 +65,26 @@ from model import (
     attention_flops,
     attention_params,
     count_params,
+    flops_per_token,
     kv_bytes,
+    layer_tokens,
     state_values,
 )
-from train import TrainConfig, copy_bandwidth, git_hash, matmul_peak, pick_device, sync, write_atomically
+from routing import recursion_tokens
+from train import (
+    BY_RULE,
+    TrainConfig,
+    copy_bandwidth,
+    git_hash,
+    gradient_norm,
+    make_optimizer,
+    matmul_peak,
+    pick_device,
+    pick_dtype,
+    sync,
+    update,
+    write_atomically,
+)
 
 CONFIGS = Path(__file__).parent / "config"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,7 +92,14 @@ MODES = ("eager", "compiled")
 SHAPES = ((1, 256), (4, 512), (8, 1024))  # (B, T) of speed and memory
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 MACRO_LENGTHS = (1024, 4096)
-SHORT = {"speed": 35, "memory": 25, "compression": 10, "flops": 3, "length": 25, "train": 35, "decode": 25}  # seconds
+SHORT = {"speed": 35, "memory": 25, "compression": 10, "flops": 3, "length": 25, "train": 35, "decode": 25,
+         "routing": 5, "scaling": 5}  # seconds
+TRAINED = ("train", "naive", "step")  # levels with an optimiser
+WHOLE = ("model", "eval", "decode", *TRAINED)  # levels with embedding and head
+EAGER = ("peer", "eval", "decode")  # levels that are not compiled
+CYCLE = 24  # decode: tokens of a step, after which routers of 1 in 2, 3 or 8 have picked just that
+SCALING_T = 256  # scaling: tokens of a step
+SCALING_SECONDS = 120  # scaling: a shape that takes longer than this on a CPU is not measured
 CLAIMS = {"C": "FLOPs 62%, KV cache -25%, parameters -75%", "L": "KV cache -100%",
           "hybrid": "FLOPs 37.5%, with a mean depth of 0.5"}  # fmt: skip
 UNASKED = "--only does not ask for it"
@@ -105,6 +137,7 @@ class Run:
     device: torch.device
     peaks: dict[str, float]  # FLOP/s of a matrix product, by dtype
     until: float = math.inf  # time.perf_counter() at which the short run's time for the table is over
+    given: dict = field(default_factory=dict)  # what the command line says of the shape
 
     @property
     def short(self) -> bool:
@@ -158,6 +191,15 @@ def available(device: torch.device) -> int:
 # times
 
 
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `call`."""
+    sync(device)
+    start = time.perf_counter()
+    call()
+    sync(device)
+    return time.perf_counter() - start
+
+
 def in_turns(contestants: dict, rounds: int, device: torch.device, limit: float = math.inf) -> dict:
     """Seconds of every contestant in every round; one round of warm-up is not counted. After `limit` seconds no further
     round begins once there are three, after three times as many once there is one."""
@@ -167,18 +209,19 @@ def in_turns(contestants: dict, rounds: int, device: torch.device, limit: float 
         if turn > 1 and time.perf_counter() - began > (limit if turn > 3 else 3 * limit):
             break
         for name, call in contestants.items():
-            sync(device)
-            start = time.perf_counter()
-            call()
-            sync(device)
+            taken = timed(call, device)
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
 
 
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """Median of the ratios round by round: a slow phase of the machine is in both."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+def ratios(times: list[float], others: list[float]) -> list[float]:
+    """Round by round: a slow phase of the machine is in both."""
+    return [a / b for a, b in zip(times, others, strict=True)]
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    return statistics.median(ratios(times, others))
 
 
 def spread(t: list[float]) -> float:
@@ -195,24 +238,60 @@ def exponent(lengths: list[int], times: list[float]) -> float:
 # the contestants
 
 
+def force_routers(net: Hydra) -> None:
+    """Routers that pick their training capacity's part of the tokens, evenly: those of random weights pick half."""
+    tokens = [*pairwise(recursion_tokens(net.config.mor_recursions, 10**6))]
+    shares = [net.config.mod_capacity] * len(net.depth_routers) + [k / n for n, k in tokens]
+
+    def scores(x: Tensor, share: Fraction, seen: Iterator[int]) -> Tensor:
+        picked = [(n + 1) * share // 1 > n * share // 1 for _, n in zip(range(x.size(1)), seen, strict=False)]
+        return (torch.tensor(picked, device=x.device).float() - 0.5).expand(x.size(0), -1)
+
+    for i, (router, share) in enumerate(zip([*net.depth_routers, *net.recursion_routers], shares, strict=True)):
+        router.forward = partial(scores, share=Fraction(share).limit_denominator(1000), seen=count(i))
+
+
+def decoder(model: Hydra, B: int, past: int) -> Callable[[], None]:
+    """One decode step of B rows at `past` tokens, in place. The state is random: its values do not change the time."""
+    static = bool(model.decoders) or model.embed.weight.is_cuda  # as `generate` has it
+    state = model.new_state(B, 1 << past.bit_length() if static else past + 1)
+    for layer in state.layers:
+        for tensor in (t for t in layer.values() if t.is_floating_point()):
+            tensor.normal_()
+    token = torch.zeros(B, dtype=torch.int64, device=state.pos_B.device)
+    counts = [(layer["count"], k) for layer, (_, k) in zip(state.layers, layer_tokens(model.config, past), strict=True)
+              if "count" in layer]  # fmt: skip
+
+    def step() -> None:
+        state.pos_B.fill_(past)
+        for tokens, k in counts:
+            tokens.fill_(k)
+        state.visible, state.uniform = (None, False) if static else (past, True)
+        model.decode(token, state)
+
+    return step
+
+
 class Contestant:
-    """Something with a forward and a step, on fixed random input, under autocast where `dtype` is bf16. Levels:
+    """Something with a step of `step_tokens` tokens, on random input, under autocast where `dtype` is bf16. Levels:
     attention and block (of the pattern's first letter), macro (the pattern once, no embedding), model (with embedding,
-    head and loss), peer (ZayaAttention); their step is forward+backward. train and naive: a model's optimiser step."""
+    head and loss), peer (ZayaAttention): the step is forward+backward. train, naive, step: a model's optimiser step.
+    eval: its loss in evaluation. decode: CYCLE tokens one by one behind T others, weights in `dtype`."""
 
     def __init__(self, level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str):
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-        whole = level in ("model", "train", "naive")
+        mixed = dtype == "bfloat16" and level != "decode"
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=mixed)
+        whole = level in WHOLE
         depth = c.n_layer if whole else len(c.pattern) if level == "macro" else 1
         c = replace(c, n_layer=depth, vocab_size=c.vocab_size if whole else 1, block_size=max(T, c.block_size))
-        net = Hydra(c)
+        self.net = net = Hydra(c)
         if level == "naive":
             naive(net)
         net.to(device)
         self.parts = list(net.blocks)  # what is compiled
         if whole:
-            idx, targets = torch.randint(0, c.vocab_size, (2, B, T), device=device)
-            self.leaves, self.call = list(net.parameters()), lambda: net(idx, targets)[1]
+            self.batch = torch.randint(0, c.vocab_size, (2, B, T), device=device)
+            self.leaves, self.call = list(net.parameters()), lambda: net(*self.batch)[1] + net.aux_loss()
         else:  # the input needs a gradient, as it does behind other layers
             x = torch.randn(B, T, c.dim, device=device, requires_grad=True)
             ctx = net.context(torch.arange(T, device=device))
@@ -222,8 +301,11 @@ class Contestant:
                 self.parts = [zaya(c, ctx, B).to(device)]
             self.leaves = [x, *(p for part in self.parts for p in part.parameters())]
             self.call = lambda: self.through(x, ctx)
-        if level in ("train", "naive"):
-            self.step = self.optimiser_step(net)
+        if level in ("eval", "decode"):
+            force_routers(net.eval())
+            self.step = self.decoding(B, T, DTYPES[dtype]) if level == "decode" else torch.no_grad()(self.forward)
+        elif level in TRAINED:
+            self.step = self.training()
         else:
             self.grad = torch.randn_like(self.forward())
 
@@ -241,26 +323,33 @@ class Contestant:
             leaf.grad = None
         self.forward().backward(self.grad)
 
-    def optimiser_step(self, net: Hydra) -> Callable[[], None]:
+    def training(self) -> Callable[[], None]:
         """As train.py does it; the optimiser's state exists already."""
-        t = TrainConfig()
-        optimizer = torch.optim.AdamW(net.optimizer_groups(t.weight_decay), lr=t.learning_rate,
-                                      betas=(t.beta1, t.beta2), fused=True)  # fmt: skip
-        for leaf in self.leaves:
-            leaf.grad = torch.zeros_like(leaf)
+        net, t = self.net, TrainConfig()
+        optimizer = make_optimizer(net, t)
 
-        def update() -> None:
-            norm = nn.utils.get_total_norm([p.grad for p in self.leaves])
-            nn.utils.clip_grads_with_norm_(self.leaves, t.grad_clip, norm)
-            optimizer.step()
+        def finish() -> None:
+            update(net, optimizer, gradient_norm(net), t.grad_clip)
             optimizer.zero_grad(set_to_none=True)
 
         def step() -> None:
             self.forward().backward()
-            update()
+            finish()
 
-        update()
+        for leaf in self.leaves:
+            leaf.grad = torch.zeros_like(leaf)
+        finish()
         return step
+
+    def decoding(self, B: int, T: int, dtype: torch.dtype) -> Callable[[], None]:
+        self.net.to(dtype).pack()
+        step = decoder(self.net, B, T)
+
+        def steps() -> None:
+            for _ in range(CYCLE):
+                step()
+
+        return torch.no_grad()(steps)
 
 
 def zaya(c: HydraConfig, ctx, B: int) -> nn.Module:
@@ -316,34 +405,38 @@ def naive(net: Hydra) -> None:
         block.attn.register_forward_pre_hook(lambda _, args: (args[0], net.context(args[1].pos), *args[2:]))
 
 
+def step_tokens(level: str, B: int, T: int) -> int:
+    return B * (CYCLE if level == "decode" else T)
+
+
 def step_flops(level: str, c: HydraConfig, B: int, T: int) -> float:
     if level in ("train", "naive"):
         return 6 * count_params(c) * B * T
-    if level == "model":
-        return 3 * accounting.flops_per_token(c, T) * B * T
+    if level == "decode":  # the formula is a mean over the text, which has T / 2 tokens before each one
+        return flops_per_token(c, 2 * T) * step_tokens(level, B, T)
+    if level in WHOLE:
+        return (1 if level == "eval" else 3) * flops_per_token(c, T) * B * T
     mlp = 6 * c.dim * c.mlp_hidden if level in ("block", "macro") else 0
     return 3 * B * T * sum(attention_flops(c, a, T) + mlp for a in (c.pattern if level == "macro" else c.pattern[0]))
 
 
 def step_bytes(level: str, c: HydraConfig, B: int, T: int) -> tuple[float, float]:
     """Roughly what is kept (weights, gradients, optimiser) and what a step needs: to leave out what cannot fit."""
-    whole = level in ("model", "train", "naive")
+    whole = level in WHOLE
     layers = c.n_layer if whole else len(c.pattern) if level == "macro" else 1
     weights = count_params(c) if whole else layers * (4 * c.dim**2 + 3 * c.dim * c.mlp_hidden)
-    activations = layers * B * T * (16 * c.dim + 5 * c.mlp_hidden)
+    activations = c.mor_recursions * layers * B * T * (16 * c.dim + 5 * c.mlp_hidden)
     logits = 3 * B * T * c.vocab_size * whole
-    return 4 * weights * (4 if level in ("train", "naive") else 2), 4 * (activations + logits)
+    return 4 * weights * (4 if level in TRAINED else 2), 4 * (activations + logits)
 
 
 def first_step(it: Contestant, compiled: bool, device: torch.device) -> float:
     """Seconds of the first step, compilation included."""
     if compiled:
+        it.net.static = True
         for part in it.parts:
-            part.compile(fullgraph=True)
-    start = time.perf_counter()
-    it.step()
-    sync(device)
-    return time.perf_counter() - start
+            part.compile(fullgraph=True, dynamic=False)
+    return timed(it.step, device)
 
 
 def start_of(level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str) -> float:
@@ -353,10 +446,13 @@ def start_of(level: str, c: HydraConfig, B: int, T: int, device: torch.device, d
 def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Iterator[dict]:
     """Rows of all in `what`, name -> (level, shape), timed in turns and in every mode; the others relate to the first.
     A train step's start, with empty and with filled caches, is timed in new processes."""
-    first, modes, flops = next(iter(what)), run.modes, sum(step_flops(*w, B, T) for w in what.values())
+    first, modes, flops = next(iter(what)), run.modes, {name: step_flops(*w, B, T) for name, w in what.items()}
     label = {"level": what[first][0], "mix": " ".join(what), "B": B, "T": T, "dtype": dtype}
+    if label["level"] in EAGER or (label["level"] == "step" and "compiled" not in run.b.only):
+        modes = MODES[:1]
     kept, needed = zip(*(step_bytes(*w, B, T) for w in what.values()), strict=True)
-    size, seconds = len(modes) * sum(kept) + max(needed), len(modes) * 4 * 1.4 * flops / run.peaks[dtype] / 0.5
+    size = len(modes) * sum(kept) + max(needed)
+    seconds = len(modes) * 4 * 1.4 * sum(flops.values()) / run.peaks[dtype] / 0.5
     reason = run.refuse(label, size, seconds)
     if reason:
         yield label | {"left_out": reason}
@@ -376,15 +472,18 @@ def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Ite
                 seconds = first_step(it, mode == "compiled", run.device)
                 start = start or {"compile_s": seconds}
                 starts[name, mode] = start if mode == "compiled" else {}
-                calls |= {(name, mode, "forward"): it.forward, (name, mode, "step"): it.step}
-                if level == "train":
-                    del calls[name, mode, "forward"]
+                if hasattr(it, "grad"):  # its step is forward+backward
+                    calls[name, mode, "forward"] = it.forward
+                calls[name, mode, "step"] = it.step
         before = matmul_peak(run.device, DTYPES[dtype])
         times = in_turns(calls, run.b.rounds, run.device, 1.5 if run.short else 60)
         peak = max(before, matmul_peak(run.device, DTYPES[dtype]))
     for (name, mode), start in starts.items():
-        row = label | {"level": what[name][0], "mix": name, "mode": mode} | figures(times, name, mode, first, B * T)
-        rate = step_flops(*what[name], B, T) / row["ms"] * 1e3
+        tokens = step_tokens(what[name][0], B, T)
+        row = label | {"level": what[name][0], "mix": name, "mode": mode} | figures(times, name, mode, first, tokens)
+        if len(what) > 1:
+            row["flops_x_first"] = flops[name] / flops[first]
+        rate = flops[name] / row["ms"] * 1e3
         row |= {"tflops": rate / 1e12, "peak_tflops": peak / 1e12, "of_peak": rate / peak}
         # a child that the system killed has no seconds
         yield row | {key: seconds - row["ms"] / 1e3 for key, seconds in start.items() if seconds is not None}
@@ -396,14 +495,16 @@ def figures(times: dict, name: str, mode: str, first: str, tokens: int) -> dict:
     row: dict = {"rounds": len(step)}
     if forward:
         row |= {"forward_ms": statistics.median(forward) * 1e3, "forward_spread": spread(forward)}
-        row["forward_x_mha"] = ratio(forward, times[first, mode, "forward"])
+        row["forward_x_first"] = ratio(forward, times[first, mode, "forward"])
     seconds = statistics.median(step)
     row |= {"ms": seconds * 1e3, "spread": spread(step), "tokens_per_s": tokens / seconds}
-    if forward:
-        row["x_mha"] = ratio(step, times[first, mode, "step"])
-    others = {"x_eager": (name, "eager", "step"), "x_zaya": ("Zaya", "eager", "step")}
-    wanted = {"x_eager": mode == "compiled", "x_zaya": name == "C"}
-    return row | {key: ratio(step, times[o]) for key, o in others.items() if wanted[key] and o in times}
+    others = {"x_first": (first, mode), "x_eager": (name, "eager"), "x_zaya": ("Zaya", "eager")}
+    wanted = {"x_first": len(times) > 1, "x_eager": mode == "compiled", "x_zaya": name == "C"}
+    for key, other in others.items():
+        if wanted[key] and (*other, "step") in times:
+            x = ratios(step, times[*other, "step"])
+            row |= {key: statistics.median(x), f"{key}_spread": spread(x)}
+    return row
 
 
 def of_letters(level: str, c: HydraConfig) -> dict[str, tuple]:
@@ -599,23 +700,6 @@ def flops(run: Run) -> Iterator[dict]:
 # ---- decode
 
 
-def decoder(model: Hydra, B: int, past: int) -> Callable[[], None]:
-    """One decode step of B rows at `past` tokens, in place. The state is random: its values do not change the time."""
-    static = bool(model.decoders) or model.embed.weight.is_cuda  # as `generate` has it
-    state = model.new_state(B, 1 << past.bit_length() if static else past + 1)
-    for layer in state.layers:
-        for tensor in (t for t in layer.values() if t.is_floating_point()):
-            tensor.normal_()
-    token = torch.zeros(B, dtype=torch.int64, device=state.pos_B.device)
-
-    def step() -> None:
-        state.pos_B.fill_(past)
-        state.visible, state.uniform = (None, False) if static else (past, True)
-        model.decode(token, state)
-
-    return step
-
-
 def prefill_once(model: Hydra, prompts_BT: torch.Tensor, lengths_B: torch.Tensor) -> None:
     model.prefill(prompts_BT, lengths_B, model.new_state(*prompts_BT.shape))
 
@@ -656,7 +740,7 @@ def decode(run: Run) -> Iterator[dict]:
     for name, dtype in DTYPES.items():
         label = {"level": "model", "mix": c.pattern, "dtype": name}
         size = dtype.itemsize * (5 * count_params(c) + 2 * max(batches) * c.n_layer * c.dim * b.context)
-        compute = tokens * accounting.flops_per_token(c, b.prompt_tokens) / run.peaks[name]
+        compute = tokens * flops_per_token(c, b.prompt_tokens) / run.peaks[name]
         reason = run.refuse(label, size, 6 + 40 * len(batches) * size / 5 / copy + 2 * compute)
         if reason:
             yield label | {"left_out": reason}
@@ -706,18 +790,171 @@ def decode_row(ours: dict[str, Hydra], baseline: Hydra, peer, B: int, b: BenchCo
     return row
 
 
+# ---- routing
+
+
+def routing(run: Run) -> Iterator[dict]:
+    c = run.c
+    if run.given.keys() & {"mod_capacity", "mor_recursions"}:
+        shapes = {"routed": c}
+        c = replace(c, mod_capacity=0.0, mor_recursions=1)
+    else:
+        shapes = {"mod0.125": replace(c, mod_capacity=0.125)}
+    if not run.short and len(shapes) == 1 and "routed" not in shapes:
+        macro = replace(c, n_layer=len(c.pattern), mor_recursions=3)
+        shapes |= {"mod0.5": replace(c, mod_capacity=0.5), "mor3": macro}
+        shapes["mod0.125+mor3"] = replace(macro, mod_capacity=0.125)
+    for level, dtype in product(("step", "eval", "decode"), reversed(DTYPES)):
+        what = {name: (level, shape) for name, shape in ({"dense": c} | shapes).items()}
+        yield from compare(run, what, 1, 256 if run.short else 1024, dtype)
+
+
+# ---- scaling
+
+# Student's t for a two-sided 95% interval, at 1, 2, 3 .. degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Trend(NamedTuple):
+    """`fit`'s finding about y over x, x a logarithm of parameters, y as it was transformed."""
+
+    sloped: bool  # the line is used, else the constant
+    slope: float
+    error: float  # standard error of the slope
+    predict: Callable[[float], tuple[float, float, float]]  # x -> y with its 95% prediction interval
+
+
+def line(x: list[float], y: list[float]) -> Callable[[float], float]:
+    slope, intercept = statistics.linear_regression(x, y)
+    return lambda at: intercept + slope * at
+
+
+def fit(x: list[float], y: list[float]) -> Trend:
+    """Constant or line, at least three points. The line is used where it leaves one out better and its slope is
+    significant at 95%. A slope that is not significant is not known to be 0: the interval is the line's either way, so
+    that it widens with the distance from what was measured."""
+    n, mean_x, mean_y = len(x), statistics.fmean(x), statistics.fmean(y)
+    spread_x, regression = sum((a - mean_x) ** 2 for a in x), line(x, y)
+    variance = sum((b - regression(a)) ** 2 for a, b in zip(x, y, strict=True)) / (n - 2)
+    slope, error, quantile = regression(1.0) - regression(0.0), math.sqrt(variance / spread_x), T95[n - 3]
+    left_out = {"line": 0.0, "constant": 0.0}
+    for i in range(n):
+        others_x, others_y = x[:i] + x[i + 1 :], y[:i] + y[i + 1 :]
+        left_out["line"] += (y[i] - line(others_x, others_y)(x[i])) ** 2
+        left_out["constant"] += (y[i] - statistics.fmean(others_y)) ** 2
+    sloped = left_out["line"] < left_out["constant"] and abs(slope) > quantile * error
+
+    def predict(at: float) -> tuple[float, float, float]:
+        half = quantile * math.sqrt(variance * (1 + 1 / n + (at - mean_x) ** 2 / spread_x))
+        middle = regression(at)
+        return middle if sloped else mean_y, middle - half, middle + half
+
+    return Trend(sloped, slope, error, predict)
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def logistic(y: float) -> float:
+    return 1 / (1 + math.exp(-y))
+
+
+# what is fitted and how: times by their logarithms, parts of a whole, which stay within it, by their logits
+SCALES = {"ms_per_token": (math.log, math.exp), "routed_fraction": (logit, logistic), "recursing": (logit, logistic)}
+
+
+def grow(run: Run, c: HydraConfig, dtype: str) -> dict:
+    """Trains a shape for run.b.rounds steps on the default corpus, after one that is not timed, then evaluates it."""
+    t, device = TrainConfig(), run.device
+    corpus = prepare(t.data, t.tokenizer, t.cache_dir)
+    need(c, "vocab_size", c.vocab_size >= corpus.enc.n_vocab, f"{t.tokenizer} has {corpus.enc.n_vocab} tokens")
+    torch.manual_seed(run.b.seed)
+    it, seconds = Contestant("step", c, 1, SCALING_T, device, dtype), []
+    for step in range(run.b.rounds + 1):
+        it.batch = [x.to(device) for x in get_batch(corpus.train, 1, SCALING_T, run.b.seed, step)]
+        seconds.append(timed(it.step, device))
+    it.net.eval()
+    seen: dict[str, list[float]] = {name: [] for name in BY_RULE if name in it.net.routing()}
+    with torch.no_grad():
+        for it.batch in eval_batches(corpus.val, 1, SCALING_T, 16):
+            it.batch = [x.to(device) for x in it.batch]
+            it.forward()
+            for name, values in seen.items():
+                values.append(it.net.routing()[name].item())
+    row = {"steps": len(seconds), "ms_per_token": statistics.median(seconds[1:]) / SCALING_T * 1e3,
+           "spread": spread(seconds[1:])}  # fmt: skip
+    return row | {name: statistics.fmean(values) for name, values in seen.items()}
+
+
+def to_fit(row: dict, c: HydraConfig) -> dict[str, float]:
+    """What `fit` is given of a row, by SCALES; a part of 0 or 1 counts as half a token of a text away from it."""
+    if "mean_depth" in row:
+        row = row | {"recursing": (row["mean_depth"] - 1) / (c.mor_recursions - 1)}
+    least = 0.5 / SCALING_T
+    return {key: scale(row[key] if scale is math.log else min(max(row[key], least), 1 - least))
+            for key, (scale, _) in SCALES.items() if key in row}  # fmt: skip
+
+
+def predicted(c: HydraConfig, params: int, trends: dict[str, Trend], largest: int) -> dict:
+    """A row of what the trends say of a shape."""
+    row = {"params": params}
+    for key, trend in trends.items():
+        values = map(SCALES[key][1], trend.predict(math.log(params)))
+        if key == "recursing":
+            key, values = "mean_depth", (1 + (c.mor_recursions - 1) * part for part in values)
+        row |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
+    times = params / largest
+    return row | {"note": f"{times:.1f}x the largest measured" + ": beyond 3x, a guess" * (times > 3)}
+
+
+def scaling(run: Run) -> Iterator[dict]:
+    kinds, shapes = (HydraConfig, TrainConfig), []
+    for path in CONFIGS.glob("scale_*.toml"):
+        c, _ = build(parse([str(path)], *kinds) | run.given, *kinds)
+        with torch.device("meta"):
+            shapes.append((sum(p.numel() for p in Hydra(c).parameters()), path.stem, c))
+    dtype = str(pick_dtype("auto", run.device, run.c.dim)[0]).removeprefix("torch.")
+    points: dict[str, list[tuple[float, float]]] = {}
+    largest, others = 0, {}
+    for params, name, c in sorted(shapes, key=itemgetter(0)):
+        label = {"level": "scaling", "mix": name, "B": 1, "T": SCALING_T, "dtype": dtype}
+        seconds = (run.b.rounds + 2) * step_flops("step", c, 1, SCALING_T) / run.peaks[dtype] / 0.3
+        reason = run.refuse(label, sum(step_bytes("step", c, 1, SCALING_T)), seconds)
+        if not reason and run.device.type == "cpu" and seconds > SCALING_SECONDS:
+            reason = f"more than {SCALING_SECONDS} s on a CPU"
+        if reason:
+            yield label | {"left_out": reason}
+            others |= {name: (c, params)} if reason != UNASKED else {}
+            continue
+        row = {"params": params} | grow(run, c, dtype)
+        yield label | row
+        largest = max(largest, params)
+        for key, value in to_fit(row, c).items():
+            points.setdefault(key, []).append((math.log(params), value))
+    if not largest or len(points["ms_per_token"]) < 3:
+        yield {"level": "predicted", "mix": " ".join(others), "left_out": "a fit needs three measured shapes"}
+        return
+    trends = {key: fit(*map(list, zip(*found, strict=True))) for key, found in points.items()}
+    for key, trend in trends.items():
+        yield {"level": "fit", "mix": key, "form": "line" if trend.sloped else "constant", "slope": trend.slope,
+               "slope_error": trend.error, "measured": len(points[key])}  # fmt: skip
+    for name, (c, params) in others.items():
+        yield {"level": "predicted", "mix": name} | predicted(c, params, trends, largest)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # printing, storing, drawing
 
 
-TABLES = {f.__name__: f for f in (speed, memory, compression, flops, length, train, decode)}
-ONLY_JSON = {"peak_tflops", "forward_spread"}
+TABLES = {f.__name__: f for f in (speed, memory, compression, flops, length, train, decode, routing, scaling)}
+ONLY_JSON = {"peak_tflops", "forward_spread", "x_first_spread", "x_eager_spread", "x_zaya_spread"}
 LABEL = ("level", "mix", "B", "T", "dtype", "mode")
 
 
 def text(key: str, value: object) -> str:
     if not isinstance(value, float):
-        return f"{value:,}" if isinstance(value, int) else str(value)
+        return f"{value:,}" if type(value) is int else str(value)
     if key.startswith("of_") or key == "spread":
         return f"{value:.1%}"
     return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -735,10 +972,28 @@ def show(row: dict, above: list[str]) -> list[str]:
     return columns
 
 
+def draw_scaling(rows: list[dict], figure) -> None:
+    """What was measured, and what is predicted with its interval, over the parameters."""
+    for axes, key in zip(figure.subplots(3, sharex=True), ("ms_per_token", *BY_RULE), strict=True):
+        for level in ("scaling", "predicted"):
+            found = [row for row in rows if row["level"] == level and key in row]
+            x, y = [row["params"] for row in found], [row[key] for row in found]
+            ends = [[abs(row.get(f"{key}_{end}", row[key]) - row[key]) for row in found] for end in ("low", "high")]
+            axes.errorbar(x, y, ends, fmt="o", capsize=4, label="measured" if level == "scaling" else level)
+        axes.set(xscale="log", yscale="log" if key == "ms_per_token" else "linear", ylabel=key)
+    axes.set(xlabel="parameters")
+    axes.legend()
+
+
 def draw(tables: dict[str, list[dict]], folder: Path) -> None:
     """One chart a table: lines over T for length, else bars of one figure."""
     for table, rows in tables.items():
         figure = import_module("matplotlib.figure").Figure(figsize=(9, 7), layout="constrained")
+        if table == "scaling":
+            if any("ms_per_token" in row for row in rows):
+                draw_scaling(rows, figure)
+                figure.savefig(folder / f"{table}.png", dpi=100)
+            continue
         axes, lines = figure.subplots(), {}
         key = next(k for k in ("of_layer_1024", "ms", "step_mb", "left_out") if any(k in row for row in rows))
         for row in (row for row in rows if key in row and key != "left_out" and row.get("level") != "fit"):
@@ -758,12 +1013,13 @@ def draw(tables: dict[str, list[dict]], folder: Path) -> None:
         figure.savefig(folder / f"{table}.png", dpi=100)
 
 
-def machine(device: torch.device) -> dict:
+def machine(device: torch.device, peers: bool) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     cpu = cpuinfo.read_text().partition("model name")[2].partition("\n")[0].strip("\t :") if cpuinfo.exists() else ""
     return {"device": str(device), "cpu": cpu or platform.machine(), "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            "torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
+            "torch": torch.__version__, "transformers": metadata.version("transformers") if peers else None,
+            "python": platform.python_version(), "system": platform.platform(),
             "git": git_hash(), "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}  # fmt: skip
 
 
@@ -798,8 +1054,9 @@ def main(argv: list[str]) -> int:
     shape = parse([str(CONFIGS / "small.toml"), *files], HydraConfig, TrainConfig)
     base = {name: value for name, value in shape.items() if name in asdict(HydraConfig())}
     c, b = build(given, HydraConfig, BenchConfig, base=base)
-    need(c, "mod_capacity", not c.mod_capacity, "the bench measures dense models: use 0")
-    need(c, "mor_recursions", c.mor_recursions == 1, "the bench measures dense models: use 1")
+    if table not in ("routing", "scaling"):
+        need(c, "mod_capacity", not c.mod_capacity, "only table routing measures routed models: use that, or 0")
+        need(c, "mor_recursions", c.mor_recursions == 1, "only table routing measures routed models: use that, or 1")
     device = pick_device(b.device)
     if b.plot:
         package("matplotlib", "--plot")
@@ -808,7 +1065,7 @@ def main(argv: list[str]) -> int:
         package("transformers", "--peers")
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     peaks = {dtype: matmul_peak(device, DTYPES[dtype]) for dtype in DTYPES}
-    result = machine(device) | {"seed": b.seed, "short": not table, "config": to_toml(c, b), "peaks": peaks}
+    result = machine(device, b.peers) | {"seed": b.seed, "short": not table, "config": to_toml(c, b), "peaks": peaks}
     print(f"{result['gpu'] or result['cpu']}, {result['threads']} threads, torch {result['torch']}; matrix products "
           + ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
           + f"; {count_params(c):,} parameters")  # fmt: skip
@@ -817,7 +1074,8 @@ def main(argv: list[str]) -> int:
     latest = until + 1.1 * sum(SHORT.values())
     for name, rows in result["tables"].items():
         until = min(latest, max(until, time.perf_counter()) + SHORT[name])  # what one leaves, the next ones have
-        fill(Run(name, c, b, device, peaks, math.inf if table else until), rows)
+        given = {key: value for key, value in given.items() if key in asdict(c)}
+        fill(Run(name, c, b, device, peaks, math.inf if table else until, given), rows)
     if b.json:
         write_atomically(Path(b.json), lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
     if b.plot:

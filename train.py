@@ -236,6 +236,22 @@ def git_hash() -> str:
 # pieces of the loop
 
 
+def make_optimizer(model: Hydra, c: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.optimizer_groups(c.weight_decay), lr=c.learning_rate, betas=(c.beta1, c.beta2),
+                             fused=True)  # fmt: skip
+
+
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    return nn.utils.get_total_norm([p.grad for p in model.parameters()])
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, norm: torch.Tensor, grad_clip: float) -> None:
+    """A step of the optimiser with the gradients of global norm `norm`, clipped to `grad_clip` (0 = not)."""
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+    optimizer.step()
+
+
 def learning_rate_at(step: int, c: TrainConfig) -> float:
     """Linear warmup over warmup_iters, then a cosine that reaches min_lr_ratio * learning_rate at max_iters."""
     if step < c.warmup_iters:
@@ -314,8 +330,7 @@ def main(argv: list[str]) -> int:
     # ---- model, optimiser, resume
     model = Hydra(config).to(device)
     backends = model.backend(compiled, grad=True)
-    optimizer = torch.optim.AdamW(model.optimizer_groups(c.weight_decay), lr=c.learning_rate,
-                                  betas=(c.beta1, c.beta2), fused=True)  # fmt: skip
+    optimizer = make_optimizer(model, c)
     # what a checkpoint carries besides the weights: everything that the next step depends on
     state = {"step": 0, "best": math.inf, "skipped": 0, "streak": 0, "clipped": 0, "counted": 0}
     evaluates = True  # at the first step of this run
@@ -442,13 +457,11 @@ def main(argv: list[str]) -> int:
                 _, loss = model(x, y)
             ((loss + model.aux_loss()) / c.gradient_accumulation_steps).backward()
             losses.append(loss.detach())
-        norm_tensor = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        norm_tensor = gradient_norm(model)
         loss, norm = torch.stack([torch.stack(losses).mean(), norm_tensor]).tolist()  # the step's one sync point
         state["step"] = step + 1
         if math.isfinite(loss) and math.isfinite(norm):
-            if c.grad_clip:
-                nn.utils.clip_grads_with_norm_(model.parameters(), c.grad_clip, norm_tensor)
-            optimizer.step()
+            update(model, optimizer, norm_tensor, c.grad_clip)
             state["streak"] = 0
             state["clipped"] += bool(c.grad_clip and norm > c.grad_clip)
             state["counted"] += 1

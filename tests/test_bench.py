@@ -1,16 +1,19 @@
 """The bench measures what it says, its figures agree with each other, and it refuses what it cannot do."""
 
 import json
+import math
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import bench
 from attention import make_attention
 from configurator import UserError
-from model import HydraConfig, count_params, state_values
+from model import HydraConfig, count_params, flops_per_token, state_values
 
 TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--latent_head_dim=0",
         "--n_layer=3", "--pattern=MCL", "--vocab_size=64",
@@ -53,14 +56,47 @@ def check(rows: list[dict]) -> None:
         assert row["of_peak"] == pytest.approx(row["tflops"] / row["peak_tflops"]) and row["peak_tflops"] == 1.0
         assert row["rounds"] == 2 and row["spread"] >= 0
         if level in ("attention", "macro", "block", "model"):
-            assert 0 < row["forward_ms"] and row["forward_x_mha"] > 0
-            assert row["x_mha"] == 1.0 if set(name) == {"A"} else row["x_mha"] > 0
+            assert 0 < row["forward_ms"] and row["forward_x_first"] > 0
+            assert row["x_first"] == 1.0 if set(name) == {"A"} else row["x_first"] > 0
             pattern = "C" if name.startswith("C") and name.endswith("x") else name
             c = small(pattern, compression=int(name[1:-1])) if pattern != name else small(pattern)
             flops = bench.step_flops(level, c, row["B"], row["T"])
             assert row["tflops"] == pytest.approx(flops / seconds / 1e12)
         if row["mode"] == "compiled":
             assert row["compile_s"] > 0 and row["x_eager"] > 0
+
+
+def test_a_ratio_is_of_the_row_to_the_other(monkeypatch):
+    seconds = {"A": 4.0, "C": 1.0, "Zaya": 2.0}
+    times = {(name, "eager", what): [s, 3 * s] for name, s in seconds.items() for what in ("step", "forward")}
+    times |= {("C", "compiled", "step"): [0.5, 1.0], ("A", "compiled", "step"): [1.0, 4.0]}
+    eager, compiled = (bench.figures(times, "C", mode, "A", 10) for mode in bench.MODES)
+    assert eager["x_first"] == eager["forward_x_first"] == 0.25 and eager["x_zaya"] == 0.5 and "x_eager" not in eager
+    assert eager["x_first_spread"] == 0 and eager["ms"] == 2000 and eager["tokens_per_s"] == 5
+    assert compiled["x_eager"] == pytest.approx((0.5 + 1 / 3) / 2) and compiled["x_first"] == 0.375
+    assert compiled["x_first_spread"] == pytest.approx(0.125 / 0.375)
+    assert not any(key.startswith("x_") for key in bench.figures({("C", "eager", "step"): [1.0]}, "C", "eager", "C", 1))
+
+
+def test_what_decoding_is_compared_with_counts_how_much_slower_that_is(monkeypatch):
+    seconds = {"ours": 1.0, "compiled": 0.5, "prefill": 3.0, "uncached": 20.0, "hybrid": 2.0, "MHA": 5.0, "peer": 8.0}
+    monkeypatch.setattr(bench, "in_turns", lambda calls, *_: {name: [seconds[name]] * 2 for name in calls})
+    model, peer = bench.Hydra(small("M")).eval(), torch.nn.Module()
+    b = bench.BenchConfig(prompt_tokens=8, new_tokens=4, context=16)
+    row = bench.decode_row({"ours": model, "compiled": model}, model, peer, 1, b, 1e10)
+    assert row["mha_x"] == 2.5 and row["llama_x_ours"] == 8 and row["llama_x_compiled"] == 16
+    assert row["uncached_x"] == 4 * 20 / (3 + 3 * 1) and row["tokens_per_s"] == 1
+
+
+def test_a_start_is_timed_with_empty_and_with_filled_caches(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(bench, "first_step", lambda it, compiled, device: 99.0)
+    children = iter([7.0, 3.0, 7.0, None])
+    monkeypatch.setattr(bench, "in_child", lambda call, *args, method: next(children))
+    run = bench.Run("train", small("M"), bench.BenchConfig(rounds=2), CPU, {"float32": 1e12})
+    row, killed = (list(bench.compare(run, {"shape": ("train", small("M"))}, 2, 16, "float32"))[1] for _ in range(2))
+    assert [row[key] + row["ms"] / 1e3 for key in ("compile_s", "warm_s")] == pytest.approx([7, 3])
+    assert "compile_s" in killed and "warm_s" not in killed
 
 
 def test_speed_has_every_subject_in_every_precision(run):
@@ -175,7 +211,9 @@ def die() -> None:
 
 
 def test_a_killed_process_is_a_row_left_out(run, monkeypatch):
-    assert bench.in_child.__name__ == "<lambda>"
+    monkeypatch.setattr(bench, "in_child", lambda call, *args: None)
+    rows = run("memory", "--only=naive float32")["tables"]["memory"]
+    assert [row["mix"] for row in rows if "killed" in row["left_out"]] == ["naive", "ours"]
     monkeypatch.undo()
     assert bench.in_child(die) is None
 
@@ -253,10 +291,139 @@ def test_turns_are_interleaved_after_one_that_is_not_counted():
     assert bench.spread([1.0, 2.0, 3.0]) == 0.5 and bench.spread([1.0]) == 0
 
 
+def test_forced_routers_pick_their_part():
+    c = small(mod_capacity=0.125, mor_recursions=3)
+    net = bench.Hydra(c).eval()
+    bench.force_routers(net)
+    routers = [*net.depth_routers, *net.recursion_routers]
+    for router, share in zip(routers, [1 / 8, 2 / 3, 1 / 2], strict=True):
+        assert (router(torch.zeros(2, 240, 32)) > 0).sum() == 2 * 240 * share
+        assert sum((router(torch.zeros(1, 1, 32)) > 0).item() for _ in range(bench.CYCLE)) == bench.CYCLE * share
+
+
+def test_decoding_is_timed_behind_a_past_of_routed_tokens():
+    net = bench.Hydra(small(mod_capacity=0.25, mor_recursions=2)).eval()
+    bench.force_routers(net)
+    seen = []
+    net.decode = lambda token, state: seen.append([layer.get("count", state.pos_B).item() for layer in state.layers])
+    step = bench.decoder(net, 1, 64)
+    step(), step()
+    assert seen == [[64, 16, 64, 32, 8, 32]] * 2
+
+
+def test_routing_sets_times_next_to_flops(run):
+    rows = run("routing", "--n_layer=6")["tables"]["routing"]
+    names = ["dense", "mod0.125", "mod0.5", "mor3", "mod0.125+mor3"]
+    assert [(r["level"], r["dtype"], r["mix"]) for r in rows] == [
+        (level, dtype, name) for level in ("step", "eval", "decode") for dtype in reversed(bench.DTYPES)
+        for name in names]  # fmt: skip
+    dense = small(n_layer=6)
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(bench.step_tokens(row["level"], 1, 1024) / row["ms"] * 1e3)
+        T = 2048 if row["level"] == "decode" else 1024
+        if row["mix"] == "mod0.125":
+            routed = small(n_layer=6, mod_capacity=0.125)
+            expected = flops_per_token(routed, T) / flops_per_token(dense, T)
+            assert row["flops_x_first"] == pytest.approx(expected) and 0 < row["x_first"]
+        assert row["mix"] != "dense" or row["x_first"] == row["flops_x_first"] == 1
+
+
+def test_a_given_routing_is_set_against_its_dense_shape(run):
+    rows = run("routing", "--mor_recursions=2", "--only=eval float32")["tables"]["routing"]
+    assert [r["mix"] for r in rows if "ms" in r] == ["dense", "routed"]
+    assert next(r for r in rows if r["mix"] == "routed")["flops_x_first"] > 1
+
+
+# the older report's rows that were not paged to disk: parameters in millions, its "MoD prob", its ms/step
+REPORT = ([100.5, 216.3, 569.6, 926.8, 1194.8, 1420.4], [0.808, 0.787, 0.759, 0.779, 0.847, 0.798],
+          [150, 241, 323, 451, 731, 536])  # fmt: skip
+
+
+def test_the_fit_of_the_older_report():
+    x = [math.log(p) for p in REPORT[0]]
+    fraction = bench.fit(x, [bench.logit(p) for p in REPORT[1]])
+    assert not fraction.sloped and abs(fraction.slope) < 2 * fraction.error
+    middle, low, high = map(bench.logistic, fraction.predict(math.log(7200)))
+    assert [middle, low, high] == pytest.approx([0.80, 0.63, 0.92], abs=0.006)
+    time = bench.fit(x, [math.log(ms) for ms in REPORT[2]])
+    assert time.sloped and time.slope == pytest.approx(0.53, abs=0.005)
+    middle, low, high = map(math.exp, time.predict(math.log(7200)))
+    assert low < middle < high < 47527 / 4
+    near, far = (time.predict(math.log(p)) for p in (500, 7200))
+    assert far[2] - far[1] > 1.4 * (near[2] - near[1])
+
+
+def test_a_slope_without_significance_is_a_constant():
+    x = [0.0, 1.0, 2.0, 3.0]
+    assert bench.fit(x, [1.0, 3.0, 5.0, 7.1]).sloped and not bench.fit(x, [1.0, 9.0, 2.0, 7.0]).sloped
+    assert not bench.fit(x[:3], [1.0, 3.0, 6.5]).sloped  # three points: the error of the slope is hardly known
+    assert bench.fit(x, [2.0] * 4).predict(99.0) == (2.0, 2.0, 2.0)
+
+
+@pytest.fixture
+def scales(tmp_path, monkeypatch):
+    """Five tiny presets; the memory is enough for four."""
+    (tmp_path / "small.toml").write_text("")
+    for i, dim in enumerate((32, 48, 64, 96, 512)):
+        (tmp_path / f"scale_{i}.toml").write_text(
+            f"dim = {dim}\nn_head = 2\nn_kv_head = 1\nlatent_head_dim = 0\npattern = 'MC'\nn_layer = 2\n"
+            f"mod_capacity = 0.5\nmor_recursions = {3 + i % 2}\nvocab_size = 64\nblock_size = 32\n")  # fmt: skip
+    monkeypatch.setattr(bench, "CONFIGS", tmp_path)
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(bench, "SCALING_T", 32)
+    monkeypatch.setattr(bench, "available", lambda device: 20e6)
+    tokens = np.random.default_rng(0).integers(0, 64, 4096).astype(np.uint16)
+    corpus = SimpleNamespace(train=tokens, val=tokens, enc=SimpleNamespace(n_vocab=64))
+    monkeypatch.setattr(bench, "prepare", lambda *_: corpus)
+
+    def stored(*argv):
+        assert bench.main(["scaling", "--rounds=2", f"--json={tmp_path / 'b.json'}", *argv]) == 0
+        return json.loads((tmp_path / "b.json").read_text())["tables"]["scaling"]
+
+    return stored
+
+
+def test_scaling_measures_what_fits_and_predicts_the_rest(scales, capsys):
+    rows = scales()
+    measured, left_out = [r for r in rows if "steps" in r], [r for r in rows if "left_out" in r]
+    assert [r["mix"] for r in measured] == ["scale_0", "scale_1", "scale_2", "scale_3"]
+    for i, row in enumerate(measured):
+        assert 0 <= row["routed_fraction"] <= 1 and 1 <= row["mean_depth"] <= 3 + i % 2
+        assert row["params"] > 0 and row["ms_per_token"] > 0 and row["steps"] == 3
+    assert [r["mix"] for r in left_out] == ["scale_4"] and "GB of memory" in left_out[0]["left_out"]
+    fits = {r["mix"]: r for r in rows if r["level"] == "fit"}
+    assert fits.keys() == {"ms_per_token", "routed_fraction", "recursing"}
+    assert all(r["form"] in ("line", "constant") and r["measured"] == 4 for r in fits.values())
+    (row,) = [r for r in rows if r["level"] == "predicted"]
+    c = HydraConfig(dim=512, n_head=2, n_kv_head=1, latent_head_dim=0, pattern="MC", n_layer=2, mod_capacity=0.5,
+                    mor_recursions=3, vocab_size=64)  # fmt: skip
+    assert row["params"] == count_params(c) and "beyond 3x" in row["note"]
+    for key, top in (("routed_fraction", 1), ("mean_depth", 3), ("ms_per_token", math.inf)):
+        assert 0 <= row[f"{key}_low"] <= row[key] <= row[f"{key}_high"] <= top
+    assert "a guess" in capsys.readouterr().out
+
+
+def test_scaling_needs_three_shapes_to_predict(scales, monkeypatch):
+    monkeypatch.setattr(bench, "available", lambda device: 1e6)
+    rows = scales()
+    assert len([r for r in rows if "steps" in r]) < 3 and "three measured shapes" in rows[-1]["left_out"]
+
+
+def test_scaling_is_drawn(scales, tmp_path):
+    pytest.importorskip("matplotlib", reason="charts are optional: pip install matplotlib")
+    scales(f"--plot={tmp_path}")
+    assert (tmp_path / "scaling.png").stat().st_size > 10000
+
+
+def test_extremes_of_a_fraction_can_be_fitted():
+    found = bench.to_fit({"ms_per_token": 2.0, "routed_fraction": 0.0, "mean_depth": 3.0}, small(mor_recursions=3))
+    assert found["ms_per_token"] == math.log(2) and found["routed_fraction"] == -found["recursing"] < -4
+
+
 @pytest.mark.parametrize("args, words", [
     (["speeds"], "unknown table .speeds.: use speed, memory"), (["decode", "--rounds=0"], "rounds=0"),
     (["--pears"], "did you mean peers"), (["speed", "--dim=33"], "dim=33"), (["--learning_rate=1"], "unknown key"),
-    (["speed", "--only=nothing"], "no row of speed"), (["--mod_capacity=0.5"], "mod_capacity=0.5: the bench"),
+    (["speed", "--only=nothing"], "no row of speed"), (["speed", "--mod_capacity=0.5"], "only table routing"),
     (["--json=no/such/folder/x.json"], "its folder does not exist"), (["config/tinny.toml"], "did you mean"),
 ])  # fmt: skip
 def test_bad_input_is_refused(args, words, monkeypatch):
