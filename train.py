@@ -33,6 +33,7 @@ from model import IGNORE, Hydra, HydraConfig, count_params, flops_per_token
 
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
+EARNS_COMPILATION = 5e13  # FLOPs of a run on a CPU: some minutes, of which a compilation saves more than it takes
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def pick_dtype(asked: str, device: torch.device, dim: int) -> tuple[torch.dtype,
     return torch.bfloat16, f"{what} has bf16 instructions"
 
 
-def pick_compile(asked: str, device: torch.device, max_iters: int) -> tuple[bool, str]:
-    """(whether to compile the blocks, reason). On a CPU it gains 10-30% a step, costs 15-40 s once, and calls g++.
-    UserError where "on" was asked for and cannot be."""
+def pick_compile(asked: str, device: torch.device, flops: float) -> tuple[bool, str]:
+    """(whether to compile the blocks, reason), for a run of `flops` FLOPs. On a CPU it gains 10-30% a step, costs
+    15-40 s once, and calls g++. UserError where "on" was asked for and cannot be."""
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     missing = "" if shutil.which("g++") and headers else "there is no g++ or no Python.h here"
     if asked == "on" and device.type == "cpu" and missing:
@@ -122,8 +123,8 @@ def pick_compile(asked: str, device: torch.device, max_iters: int) -> tuple[bool
         return asked == "on", "asked for"
     if device.type == "cuda":
         return True, "fuses the attention and the pointwise work on a GPU"
-    if max_iters < 3000:
-        return False, "on a CPU a run of less than 3000 steps does not earn the compilation back"
+    if flops < EARNS_COMPILATION:
+        return False, f"on a CPU a run of {flops:.0e} FLOPs, below {EARNS_COMPILATION:.0e}, does not earn it back"
     if missing:
         return False, f"{missing}: slower than it could be"
     return True, "a long run on a CPU earns the compilation back"
@@ -313,7 +314,9 @@ def main(argv: list[str]) -> int:
     # ---- device, precision
     device = pick_device(c.device)
     dtype, dtype_reason = pick_dtype(c.dtype, device, config.dim)
-    compiled, compile_reason = pick_compile(c.compile, device, c.max_iters)
+    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * config.block_size
+    flops_per_step = 3 * flops_per_token(config, config.block_size) * tokens_per_step
+    compiled, compile_reason = pick_compile(c.compile, device, c.max_iters * flops_per_step)
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
 
@@ -402,8 +405,6 @@ def main(argv: list[str]) -> int:
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, ask_to_stop)
-    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * config.block_size
-    flops_per_step = 3 * flops_per_token(config, config.block_size) * tokens_per_step
     first_step, began, spent, timed = state["step"], time.perf_counter(), 0.0, 0
 
     def batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
