@@ -98,6 +98,7 @@ TRAINED = ("train", "naive", "step")  # levels with an optimiser
 WHOLE = ("model", "eval", "decode", *TRAINED)  # levels with embedding and head
 EAGER = ("peer", "eval", "decode")  # levels that are not compiled
 CYCLE = 24  # decode: tokens of a step, after which routers of 1 in 2, 3 or 8 have picked just that
+ROUTED_T, SHORT_ROUTED_T = 1024, 256  # routing: tokens of a text, in the short run
 SCALING_T = 256  # scaling: tokens of a step
 SCALING_SECONDS = 120  # scaling: a shape that takes longer than this on a CPU is not measured
 CLAIMS = {"C": "FLOPs 62%, KV cache -25%, parameters -75%", "L": "KV cache -100%",
@@ -155,11 +156,11 @@ class Run:
         """Why the rows of this label are not measured ("" if they are), at about `size` bytes and `seconds`."""
         if not set(self.b.only.split()) - set(MODES) <= set(" ".join(map(str, label.values())).split()):
             return UNASKED
+        if time.perf_counter() + seconds > self.until:
+            return self.late
         gc.collect()  # models are in cycles with their hooks and closures
         if size > available(self.device):
             return f"more than the {available(self.device) / 1e9:.1f} GB of memory that are free"
-        if time.perf_counter() + seconds > self.until:
-            return self.late
         progress(f"{self.table}: {' '.join(map(str, label.values()))}, about {seconds:.0f} s")
         return ""
 
@@ -806,7 +807,7 @@ def routing(run: Run) -> Iterator[dict]:
         shapes["mod0.125+mor3"] = replace(macro, mod_capacity=0.125)
     for level, dtype in product(("step", "eval", "decode"), reversed(DTYPES)):
         what = {name: (level, shape) for name, shape in ({"dense": c} | shapes).items()}
-        yield from compare(run, what, 1, 256 if run.short else 1024, dtype)
+        yield from compare(run, what, 1, SHORT_ROUTED_T if run.short else ROUTED_T, dtype)
 
 
 # ---- scaling

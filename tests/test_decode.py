@@ -203,18 +203,6 @@ def test_a_decode_step_asks_the_device_for_nothing():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_compiled_decoding_equals_eager():
-    torch._dynamo.reset()
-    net = make()
-    expected = torch.stack(list(net.generate(tokens(2, 9), 12, temperature=0.0)))
-    net.prefill = torch.compile(net.prefill, fullgraph=True)
-    net.decode = torch.compile(net.decode, fullgraph=True)
-    got = torch.stack(list(net.generate(tokens(2, 9), 12, temperature=0.0, static=True)))
-    assert torch.equal(got, expected)
-
-
-@pytest.mark.slow
-@torch.no_grad()
 def test_blocks_compiled_for_decoding_equal_eager():
     """Also for one row, whose products are sums then: no library product is left in the step's graph."""
     torch._dynamo.reset()

@@ -35,6 +35,8 @@ VARIANTS = {
     "MoD in MoR": dict(pattern="LMMCCL", n_layer=6, mod_capacity=0.5, mor_recursions=3),  # routes an M, a C and an L
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+GRAPHS = {name: {} for name in VARIANTS if name != "MoR"} | {"MoD in MoR": {"mor_recursions": 2}}
+every_graph = pytest.mark.parametrize("variant, changes", GRAPHS.items(), ids=GRAPHS)
 
 
 def make(variant="MoD in MoR", **changes) -> Hydra:
@@ -379,10 +381,10 @@ def test_bf16_weights_generate(variant):
 # ---- one graph
 
 
-@every_variant
-def test_training_is_one_graph_over_steps(variant):
+@every_graph
+def test_training_is_one_graph_over_steps(variant, changes):
     torch._dynamo.reset()
-    net, counter = make(variant), CompileCounterWithBackend("eager")
+    net, counter = make(variant, **changes), CompileCounterWithBackend("eager")
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     for step in range(3):
         idx, targets = tokens(2, 40, seed=step), tokens(2, 40, seed=step + 9)
@@ -394,10 +396,10 @@ def test_training_is_one_graph_over_steps(variant):
     assert counter.frame_count == 1
 
 
-@every_variant
-def test_prefill_and_decode_are_one_graph_each(variant):
+@every_graph
+def test_prefill_and_decode_are_one_graph_each(variant, changes):
     torch._dynamo.reset()
-    net = make(variant).eval()
+    net = make(variant, **changes).eval()
     expected = [torch.cat(list(net.generate(tokens(1, n), 20, temperature=0.0))) for n in (9, 12)]
     prefills, decodes = CompileCounterWithBackend("eager"), CompileCounterWithBackend("eager")
     net.prefill = torch.compile(net.prefill, backend=prefills, fullgraph=True)
@@ -561,7 +563,7 @@ def test_values_that_cannot_be_are_refused_in_one_line(changes, words):
 def test_a_run_logs_its_routing_and_its_checkpoint_generates(keys, names, tmp_path, capsys, monkeypatch):
     """`loss` is the language model's: the same as without an auxiliary loss, which moves only the weights."""
     args = ["--dim=32", "--latent_head_dim=0", "--n_head=2", "--n_kv_head=1", "--compression=2",
-            "--mlp_ratio=1", "--block_size=32",
+            "--n_layer=4", "--pattern=MCLM", "--mlp_ratio=1", "--block_size=32",
             "--vocab_size=257", "--tokenizer=bytes", f"--data={__file__}", "--batch_size=2", "--eval_iters=2",
             "--log_interval=1", "--sample_tokens=4", "--max_iters=2", "--gradient_accumulation_steps=2",
             f"--cache_dir={tmp_path / 'cache'}"]  # fmt: skip
