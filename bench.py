@@ -449,12 +449,12 @@ def compare(run: Run, what: dict[str, tuple], B: int, T: int, dtype: str) -> Ite
     A train step's start, with empty and with filled caches, is timed in new processes."""
     first, modes, flops = next(iter(what)), run.modes, {name: step_flops(*w, B, T) for name, w in what.items()}
     label = {"level": what[first][0], "mix": " ".join(what), "B": B, "T": T, "dtype": dtype}
-    if label["level"] in EAGER or (label["level"] == "step" and "compiled" not in run.b.only):
-        modes = MODES[:1]
+    if label["level"] in EAGER or (label["level"] == "step" and "compiled" not in run.b.only.split()):
+        modes = tuple(mode for mode in modes if mode == "eager")
     kept, needed = zip(*(step_bytes(*w, B, T) for w in what.values()), strict=True)
     size = len(modes) * sum(kept) + max(needed)
     seconds = len(modes) * 4 * 1.4 * sum(flops.values()) / run.peaks[dtype] / 0.5
-    reason = run.refuse(label, size, seconds)
+    reason = run.refuse(label, size, seconds) if modes else UNASKED
     if reason:
         yield label | {"left_out": reason}
         return

@@ -1,4 +1,4 @@
-"""One thread for every test: at these shapes a second one costs more than it gains, and other processes do not disturb."""
+"""One thread for every test: at these shapes a second one costs more than it gains."""
 
 import torch
 
