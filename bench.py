@@ -100,7 +100,7 @@ EAGER = ("peer", "eval", "decode")  # levels that are not compiled
 CYCLE = 24  # decode: tokens of a step, after which routers of 1 in 2, 3 or 8 have picked just that
 ROUTED_T, SHORT_ROUTED_T = 1024, 256  # routing: tokens of a text, in the short run
 SCALING_T = 256  # scaling: tokens of a step
-SCALING_SECONDS = 120  # scaling: a shape that takes longer than this on a CPU is not measured
+SCALING_SECONDS = 240  # scaling: a shape that takes longer than this on a CPU is not measured
 CLAIMS = {"C": "FLOPs 62%, KV cache -25%, parameters -75%", "L": "KV cache -100%",
           "hybrid": "FLOPs 37.5%, with a mean depth of 0.5"}  # fmt: skip
 UNASKED = "--only does not ask for it"
@@ -426,7 +426,8 @@ def step_bytes(level: str, c: HydraConfig, B: int, T: int) -> tuple[float, float
     whole = level in WHOLE
     layers = c.n_layer if whole else len(c.pattern) if level == "macro" else 1
     weights = count_params(c) if whole else layers * (4 * c.dim**2 + 3 * c.dim * c.mlp_hidden)
-    activations = c.mor_recursions * layers * B * T * (16 * c.dim + 5 * c.mlp_hidden)
+    tokens = sum(k for _, k in layer_tokens(c, T)) if whole else layers * T
+    activations = B * tokens * (16 * c.dim + 5 * c.mlp_hidden)
     logits = 3 * B * T * c.vocab_size * whole
     return 4 * weights * (4 if level in TRAINED else 2), 4 * (activations + logits)
 

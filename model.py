@@ -208,12 +208,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of x W^T against targets, `rows` rows of logits at a time. The gradients are made in the
     forward, where the logits of a chunk are at hand: the products are the plain loss's three, none is done twice,
-    and no more than one chunk of fp32 logits exists at any time."""
+    and no more than one chunk of fp32 logits exists at any time. `grads`: whether there will be a backward, which
+    autograd does not tell a forward (needs_input_grad is true for a weight in evaluation too)."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, dtype: torch.dtype, grads: bool):
         x, weight = x_ND.to(dtype), weight_VD.to(dtype)
-        grads = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_x = torch.empty_like(x_ND) if grads else None
         grad_weight = torch.zeros_like(weight_VD) if grads else None
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -239,7 +239,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None
 
 
 @dataclass
@@ -379,7 +379,8 @@ class Hydra(nn.Module):
             logits = F.linear(x, weight)
             loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
             return logits.unflatten(0, targets_BT.shape), loss
-        loss = ChunkedCrossEntropy.apply(x, weight, targets, rows, compute_dtype(x))
+        grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        loss = ChunkedCrossEntropy.apply(x, weight, targets, rows, compute_dtype(x), grads)
         return None, loss / (targets != IGNORE).sum()
 
     # ---- decoding

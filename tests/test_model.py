@@ -181,6 +181,9 @@ def test_the_chunked_loss_equals_the_plain_one(rows, monkeypatch):
         torch.testing.assert_close(p.grad, 3 * grad, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(net(idx, targets)[1], plain)
+        with FlopCounterMode(display=False) as counter:  # no gradient is made where there is no backward
+            net.loss(torch.randn(2, 40, net.config.dim), targets)
+    assert counter.get_total_flops() == 2 * 80 * 97 * net.config.dim
 
 
 def test_the_chunked_loss_never_holds_all_logits(monkeypatch):
@@ -198,7 +201,7 @@ def test_the_chunked_loss_never_holds_all_logits(monkeypatch):
 
     x, w = torch.randn(512, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
     with Largest() as seen:
-        ChunkedCrossEntropy.apply(x, w, torch.randint(0, 300, (512,)), 64, torch.float32).backward()
+        ChunkedCrossEntropy.apply(x, w, torch.randint(0, 300, (512,)), 64, torch.float32, True).backward()
     assert seen.numel == 64 * 300
 
 
