@@ -7,10 +7,11 @@
 - flops: attention and layer (with its MLP) as a part of MHA's, the modules' counted FLOPs, and what a report claims.
 - length: time against T for each letter, with the exponent fitted; --peers: CCQA against transformers' ZayaAttention.
 - decode: generation with states against without, the hybrid against MHA; --peers: against a Llama of equal size.
-- routing: a training step, an evaluation and decoding with MoD, MoR and both against the dense shape; eager, or with
-  --only=compiled a compiled training step. With --mod_capacity or --mor_recursions: that shape instead.
-- scaling: config/scale_*.toml, those that fit are trained for a few steps on the default corpus, time and routing of
-  the others are predicted from them (see `fit`).
+- routing: a training step, an evaluation and decoding with MoD, MoR and both against the dense shape of as many layers;
+  eager, or with --only=compiled a compiled training step. For a shape with routing: that one. Routers pick just their
+  training capacity, evenly; on CUDA evaluation and decoding compute all tokens (routing.py) and save nothing.
+- scaling: config/scale_*.toml, those that fit are trained for `rounds` steps on the default corpus, at their own
+  learning rate; their time per token and the causal rule's routing predict those of the others (see `fit`).
 
 What is compared runs in one process, in turns; the median counts, spread is the interquartile range over it. `x_...`
 is the median of the round-by-round ratios of the times (of forward+backward), x_first to the first of the comparison,
@@ -42,7 +43,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from importlib import import_module, metadata
-from itertools import chain, count, pairwise, product
+from itertools import chain, pairwise, product
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import model as accounting
 from attention import CCQA, GQA, MLA, RMSNorm
 from configurator import UserError, build, cli, need, parse, to_toml
-from data import eval_batches, get_batch, prepare
+from data import Corpus, eval_batches, get_batch, prepare
 from model import (
     MAX_LOGITS,
     Hydra,
@@ -100,6 +101,7 @@ EAGER = ("peer", "eval", "decode")  # levels that are not compiled
 CYCLE = 24  # decode: tokens of a step, after which routers of 1 in 2, 3 or 8 have picked just that
 ROUTED_T, SHORT_ROUTED_T = 1024, 256  # routing: tokens of a text, in the short run
 SCALING_T = 256  # scaling: tokens of a step
+EVALUATIONS = 16  # scaling: texts of the evaluation
 SCALING_SECONDS = 240  # scaling: a shape that takes longer than this on a CPU is not measured
 CLAIMS = {"C": "FLOPs 62%, KV cache -25%, parameters -75%", "L": "KV cache -100%",
           "hybrid": "FLOPs 37.5%, with a mean depth of 0.5"}  # fmt: skip
@@ -138,7 +140,7 @@ class Run:
     device: torch.device
     peaks: dict[str, float]  # FLOP/s of a matrix product, by dtype
     until: float = math.inf  # time.perf_counter() at which the short run's time for the table is over
-    given: dict = field(default_factory=dict)  # what the command line says of the shape
+    given: dict = field(default_factory=dict)  # what options say of the shape
 
     @property
     def short(self) -> bool:
@@ -241,15 +243,18 @@ def exponent(lengths: list[int], times: list[float]) -> float:
 
 def force_routers(net: Hydra) -> None:
     """Routers that pick their training capacity's part of the tokens, evenly: those of random weights pick half."""
-    tokens = [*pairwise(recursion_tokens(net.config.mor_recursions, 10**6))]
-    shares = [net.config.mod_capacity] * len(net.depth_routers) + [k / n for n, k in tokens]
+    each = pairwise(recursion_tokens(net.config.mor_recursions, 10**6))
+    shares = [net.config.mod_capacity] * len(net.depth_routers) + [k / n for n, k in each]
+    seen = [*range(len(shares))]  # tokens, by router; in decoding they do not all pick the same ones
 
-    def scores(x: Tensor, share: Fraction, seen: Iterator[int]) -> Tensor:
-        picked = [(n + 1) * share // 1 > n * share // 1 for _, n in zip(range(x.size(1)), seen, strict=False)]
-        return (torch.tensor(picked, device=x.device).float() - 0.5).expand(x.size(0), -1)
+    def scores(x: Tensor, router: int, k: int, of: int) -> Tensor:
+        n = torch.arange(seen[router], seen[router] + x.size(1), device=x.device)
+        seen[router] += x.size(1)
+        return (((n + 1) * k // of) - (n * k // of) - 0.5).expand(x.size(0), -1)
 
     for i, (router, share) in enumerate(zip([*net.depth_routers, *net.recursion_routers], shares, strict=True)):
-        router.forward = partial(scores, share=Fraction(share).limit_denominator(1000), seen=count(i))
+        k, of = Fraction(share).limit_denominator(1000).as_integer_ratio()
+        router.forward = partial(scores, router=i, k=k, of=of)
 
 
 def decoder(model: Hydra, B: int, past: int) -> Callable[[], None]:
@@ -279,7 +284,7 @@ class Contestant:
     head and loss), peer (ZayaAttention): the step is forward+backward. train, naive, step: a model's optimiser step.
     eval: its loss in evaluation. decode: CYCLE tokens one by one behind T others, weights in `dtype`."""
 
-    def __init__(self, level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str):
+    def __init__(self, level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str, rate: float = 0):
         mixed = dtype == "bfloat16" and level != "decode"
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=mixed)
         whole = level in WHOLE
@@ -306,7 +311,7 @@ class Contestant:
             force_routers(net.eval())
             self.step = self.decoding(B, T, DTYPES[dtype]) if level == "decode" else torch.no_grad()(self.forward)
         elif level in TRAINED:
-            self.step = self.training()
+            self.step = self.training(replace(TrainConfig(), **({"learning_rate": rate} if rate else {})))
         else:
             self.grad = torch.randn_like(self.forward())
 
@@ -324,10 +329,9 @@ class Contestant:
             leaf.grad = None
         self.forward().backward(self.grad)
 
-    def training(self) -> Callable[[], None]:
+    def training(self, t: TrainConfig) -> Callable[[], None]:
         """As train.py does it; the optimiser's state exists already."""
-        net, t = self.net, TrainConfig()
-        optimizer = make_optimizer(net, t)
+        net, optimizer = self.net, make_optimizer(self.net, t)
 
         def finish() -> None:
             update(net, optimizer, gradient_norm(net), t.grad_clip)
@@ -429,7 +433,8 @@ def step_bytes(level: str, c: HydraConfig, B: int, T: int) -> tuple[float, float
     tokens = sum(k for _, k in layer_tokens(c, T)) if whole else layers * T
     activations = B * tokens * (16 * c.dim + 5 * c.mlp_hidden)
     logits = 3 * B * T * c.vocab_size * whole
-    return 4 * weights * (4 if level in TRAINED else 2), 4 * (activations + logits)
+    copies = 5 if level in TRAINED else 2  # with gradients; the optimiser's two, and what bf16 has of its own
+    return 4 * weights * copies, 4 * (activations + logits)
 
 
 def first_step(it: Contestant, compiled: bool, device: torch.device) -> float:
@@ -501,7 +506,7 @@ def figures(times: dict, name: str, mode: str, first: str, tokens: int) -> dict:
     seconds = statistics.median(step)
     row |= {"ms": seconds * 1e3, "spread": spread(step), "tokens_per_s": tokens / seconds}
     others = {"x_first": (first, mode), "x_eager": (name, "eager"), "x_zaya": ("Zaya", "eager")}
-    wanted = {"x_first": len(times) > 1, "x_eager": mode == "compiled", "x_zaya": name == "C"}
+    wanted = {"x_first": len({who for who, *_ in times}) > 1, "x_eager": mode == "compiled", "x_zaya": name == "C"}
     for key, other in others.items():
         if wanted[key] and (*other, "step") in times:
             x = ratios(step, times[*other, "step"])
@@ -797,15 +802,16 @@ def decode_row(ours: dict[str, Hydra], baseline: Hydra, peer, B: int, b: BenchCo
 
 def routing(run: Run) -> Iterator[dict]:
     c = run.c
-    if run.given.keys() & {"mod_capacity", "mor_recursions"}:
+    if c.mod_capacity or c.mor_recursions > 1:
         shapes = {"routed": c}
-        c = replace(c, mod_capacity=0.0, mor_recursions=1)
-    else:
+        c = replace(c, mod_capacity=0.0, mor_recursions=1, n_layer=c.n_layer * c.mor_recursions)
+    elif run.short:
         shapes = {"mod0.125": replace(c, mod_capacity=0.125)}
-    if not run.short and len(shapes) == 1 and "routed" not in shapes:
-        macro = replace(c, n_layer=len(c.pattern), mor_recursions=3)
-        shapes |= {"mod0.5": replace(c, mod_capacity=0.5), "mor3": macro}
-        shapes["mod0.125+mor3"] = replace(macro, mod_capacity=0.125)
+    else:
+        shapes = {f"mod{capacity}": replace(c, mod_capacity=capacity) for capacity in (0.125, 0.5)}
+        if c.n_layer % 3 == 0 and c.n_layer > 3:  # as many layers for a token that takes all recursions
+            shapes["mor3"] = replace(c, n_layer=c.n_layer // 3, mor_recursions=3)
+            shapes["mod0.125+mor3"] = replace(shapes["mor3"], mod_capacity=0.125)
     for level, dtype in product(("step", "eval", "decode"), reversed(DTYPES)):
         what = {name: (level, shape) for name, shape in ({"dense": c} | shapes).items()}
         yield from compare(run, what, 1, SHORT_ROUTED_T if run.short else ROUTED_T, dtype)
@@ -826,30 +832,28 @@ class Trend(NamedTuple):
     predict: Callable[[float], tuple[float, float, float]]  # x -> y with its 95% prediction interval
 
 
-def line(x: list[float], y: list[float]) -> Callable[[float], float]:
-    slope, intercept = statistics.linear_regression(x, y)
-    return lambda at: intercept + slope * at
-
-
 def fit(x: list[float], y: list[float]) -> Trend:
     """Constant or line, at least three points. The line is used where it leaves one out better and its slope is
     significant at 95%. A slope that is not significant is not known to be 0: the interval is the line's either way, so
     that it widens with the distance from what was measured."""
     n, mean_x, mean_y = len(x), statistics.fmean(x), statistics.fmean(y)
-    spread_x, regression = sum((a - mean_x) ** 2 for a in x), line(x, y)
-    variance = sum((b - regression(a)) ** 2 for a, b in zip(x, y, strict=True)) / (n - 2)
-    slope, error, quantile = regression(1.0) - regression(0.0), math.sqrt(variance / spread_x), T95[n - 3]
-    left_out = {"line": 0.0, "constant": 0.0}
+    slope, intercept = statistics.linear_regression(x, y)
+    spread_x = sum((a - mean_x) ** 2 for a in x)
+    variance = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / (n - 2)
+    error, quantile = math.sqrt(variance / spread_x), T95[n - 3]
+    missed = {"line": 0.0, "constant": 0.0}  # squared errors at each point, of a fit to the others
     for i in range(n):
-        others_x, others_y = x[:i] + x[i + 1 :], y[:i] + y[i + 1 :]
-        left_out["line"] += (y[i] - line(others_x, others_y)(x[i])) ** 2
-        left_out["constant"] += (y[i] - statistics.fmean(others_y)) ** 2
-    sloped = left_out["line"] < left_out["constant"] and abs(slope) > quantile * error
+        others = x[:i] + x[i + 1 :], y[:i] + y[i + 1 :]
+        line = statistics.linear_regression(*others)
+        missed["line"] += (y[i] - line.intercept - line.slope * x[i]) ** 2
+        missed["constant"] += (y[i] - statistics.fmean(others[1])) ** 2
+    sloped = missed["line"] < missed["constant"] and abs(slope) > quantile * error
 
     def predict(at: float) -> tuple[float, float, float]:
         half = quantile * math.sqrt(variance * (1 + 1 / n + (at - mean_x) ** 2 / spread_x))
-        middle = regression(at)
-        return middle if sloped else mean_y, middle - half, middle + half
+        middle = intercept + slope * at
+        best = middle if sloped else mean_y
+        return best, min(best, middle - half), max(best, middle + half)
 
     return Trend(sloped, slope, error, predict)
 
@@ -859,90 +863,101 @@ def logit(p: float) -> float:
 
 
 def logistic(y: float) -> float:
-    return 1 / (1 + math.exp(-y))
+    return (1 + math.tanh(y / 2)) / 2
 
 
-# what is fitted and how: times by their logarithms, parts of a whole, which stay within it, by their logits
+# what is fitted and how: times by their logarithms, parts of a whole, which stay within it, by their logits.
+# recursing is the part of the recursions after the first that a token takes, (mean_depth - 1) / (recursions - 1)
 SCALES = {"ms_per_token": (math.log, math.exp), "routed_fraction": (logit, logistic), "recursing": (logit, logistic)}
 
 
-def grow(run: Run, c: HydraConfig, dtype: str) -> dict:
-    """Trains a shape for run.b.rounds steps on the default corpus, after one that is not timed, then evaluates it."""
-    t, device = TrainConfig(), run.device
-    corpus = prepare(t.data, t.tokenizer, t.cache_dir)
-    need(c, "vocab_size", c.vocab_size >= corpus.enc.n_vocab, f"{t.tokenizer} has {corpus.enc.n_vocab} tokens")
+def grow(run: Run, c: HydraConfig, rate: float, dtype: str, corpus: Corpus) -> dict:
+    """Trains a shape for run.b.rounds steps, after one that is not timed, then evaluates it."""
+    need(c, "vocab_size", c.vocab_size >= corpus.enc.n_vocab, f"the default corpus has {corpus.enc.n_vocab} tokens")
     torch.manual_seed(run.b.seed)
-    it, seconds = Contestant("step", c, 1, SCALING_T, device, dtype), []
+    it, seconds, losses = Contestant("step", c, 1, SCALING_T, run.device, dtype, rate), [], []
     for step in range(run.b.rounds + 1):
-        it.batch = [x.to(device) for x in get_batch(corpus.train, 1, SCALING_T, run.b.seed, step)]
-        seconds.append(timed(it.step, device))
+        it.batch = [x.to(run.device) for x in get_batch(corpus.train, 1, SCALING_T, run.b.seed, step)]
+        seconds.append(timed(it.step, run.device))
     it.net.eval()
     seen: dict[str, list[float]] = {name: [] for name in BY_RULE if name in it.net.routing()}
     with torch.no_grad():
-        for it.batch in eval_batches(corpus.val, 1, SCALING_T, 16):
-            it.batch = [x.to(device) for x in it.batch]
-            it.forward()
+        for x, y in eval_batches(corpus.val, 1, SCALING_T, EVALUATIONS):
+            it.batch = x.to(run.device), y.to(run.device)
+            losses.append(it.forward().item())
             for name, values in seen.items():
                 values.append(it.net.routing()[name].item())
-    row = {"steps": len(seconds), "ms_per_token": statistics.median(seconds[1:]) / SCALING_T * 1e3,
-           "spread": spread(seconds[1:])}  # fmt: skip
-    return row | {name: statistics.fmean(values) for name, values in seen.items()}
-
-
-def to_fit(row: dict, c: HydraConfig) -> dict[str, float]:
-    """What `fit` is given of a row, by SCALES; a part of 0 or 1 counts as half a token of a text away from it."""
+    if not math.isfinite(sum(losses)):
+        return {"left_out": "its loss is not finite"}
+    ms = statistics.median(seconds[1:]) / SCALING_T * 1e3
+    row = {"steps": len(seconds), "ms_per_token": ms, "spread": spread(seconds[1:])}
+    row |= {name: statistics.fmean(values) for name, values in seen.items()}
     if "mean_depth" in row:
-        row = row | {"recursing": (row["mean_depth"] - 1) / (c.mor_recursions - 1)}
+        row["recursing"] = (row["mean_depth"] - 1) / (c.mor_recursions - 1)
+    return row
+
+
+def to_fit(key: str, value: float) -> float:
+    """`value` as `fit` is given it; a part of 0 or 1 counts as half a token of a text away from it."""
     least = 0.5 / SCALING_T
-    return {key: scale(row[key] if scale is math.log else min(max(row[key], least), 1 - least))
-            for key, (scale, _) in SCALES.items() if key in row}  # fmt: skip
+    return SCALES[key][0](value if key == "ms_per_token" else min(max(value, least), 1 - least))
 
 
 def predicted(c: HydraConfig, params: int, trends: dict[str, Trend], largest: int) -> dict:
     """A row of what the trends say of a shape."""
     row = {"params": params}
     for key, trend in trends.items():
-        values = map(SCALES[key][1], trend.predict(math.log(params)))
-        if key == "recursing":
-            key, values = "mean_depth", (1 + (c.mor_recursions - 1) * part for part in values)
+        values = [SCALES[key][1](y) for y in trend.predict(math.log(params))]
         row |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
+        if key == "recursing":
+            depths = [1 + (c.mor_recursions - 1) * part for part in values]
+            row |= dict(zip(("mean_depth", "mean_depth_low", "mean_depth_high"), depths, strict=True))
     times = params / largest
     return row | {"note": f"{times:.1f}x the largest measured" + ": beyond 3x, a guess" * (times > 3)}
 
 
 def scaling(run: Run) -> Iterator[dict]:
-    kinds, shapes = (HydraConfig, TrainConfig), []
+    kinds, shapes, t = (HydraConfig, TrainConfig), [], TrainConfig()
     for path in CONFIGS.glob("scale_*.toml"):
-        c, _ = build(parse([str(path)], *kinds) | run.given, *kinds)
+        c, own = build(parse([str(path)], *kinds) | run.given, *kinds)
         with torch.device("meta"):
-            shapes.append((sum(p.numel() for p in Hydra(c).parameters()), path.stem, c))
+            shapes.append((sum(p.numel() for p in Hydra(c).parameters()), path.stem, c, own.learning_rate))
     dtype = str(pick_dtype("auto", run.device, run.c.dim)[0]).removeprefix("torch.")
-    points: dict[str, list[tuple[float, float]]] = {}
-    largest, others = 0, {}
-    for params, name, c in sorted(shapes, key=itemgetter(0)):
-        label = {"level": "scaling", "mix": name, "B": 1, "T": SCALING_T, "dtype": dtype}
-        seconds = (run.b.rounds + 2) * step_flops("step", c, 1, SCALING_T) / run.peaks[dtype] / 0.3
+    corpus, found, others = None, [], []
+    for params, name, c, rate in sorted(shapes, key=itemgetter(0, 1)):
+        label = {"level": "scaling", "mix": name, "B": 1, "T": SCALING_T, "dtype": dtype, "params": params}
+        steps = run.b.rounds + 2 + EVALUATIONS / 3
+        seconds = steps * step_flops("step", c, 1, SCALING_T) / run.peaks[dtype] / 0.3
         reason = run.refuse(label, sum(step_bytes("step", c, 1, SCALING_T)), seconds)
         if not reason and run.device.type == "cpu" and seconds > SCALING_SECONDS:
             reason = f"more than {SCALING_SECONDS} s on a CPU"
-        if reason:
-            yield label | {"left_out": reason}
-            others |= {name: (c, params)} if reason != UNASKED else {}
-            continue
-        row = {"params": params} | grow(run, c, dtype)
-        yield label | row
-        largest = max(largest, params)
-        for key, value in to_fit(row, c).items():
-            points.setdefault(key, []).append((math.log(params), value))
-    if not largest or len(points["ms_per_token"]) < 3:
-        yield {"level": "predicted", "mix": " ".join(others), "left_out": "a fit needs three measured shapes"}
+        if not reason:
+            corpus = corpus or prepare(t.data, t.tokenizer, t.cache_dir)
+        row = label | ({"left_out": reason} if reason else grow(run, c, rate, dtype, corpus))
+        yield row
+        if "left_out" not in row:
+            found.append(row)
+        elif reason != UNASKED:
+            others.append((name, c, params))
+    sizes = sorted({row["params"] for row in found})
+    if len(sizes) < 3:
+        if others:
+            names = " ".join(name for name, *_ in others)
+            yield {"level": "predicted", "mix": names, "left_out": "a fit needs three measured shapes"}
         return
-    trends = {key: fit(*map(list, zip(*found, strict=True))) for key, found in points.items()}
-    for key, trend in trends.items():
+    trends = {}
+    for key, (_, unscale) in SCALES.items():
+        points = [(math.log(row["params"]), to_fit(key, row[key])) for row in found if key in row]
+        if len({y for _, y in points}) < 2:  # all at one bound, or not routed: nothing to fit
+            continue
+        trends[key] = trend = fit(*map(list, zip(*points, strict=True)))
+        ends = math.log(sizes[0]), math.log(max(sizes[-1], *(params for *_, params in others)))
+        curve = [ends[0] + (ends[1] - ends[0]) * i / 30 for i in range(31)]
         yield {"level": "fit", "mix": key, "form": "line" if trend.sloped else "constant", "slope": trend.slope,
-               "slope_error": trend.error, "measured": len(points[key])}  # fmt: skip
-    for name, (c, params) in others.items():
-        yield {"level": "predicted", "mix": name} | predicted(c, params, trends, largest)
+               "slope_error": trend.error, "measured": len(points),
+               "curve": [(math.exp(x), *map(unscale, trend.predict(x))) for x in curve]}  # fmt: skip
+    for name, c, params in others:
+        yield {"level": "predicted", "mix": name} | predicted(c, params, trends, sizes[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -950,7 +965,8 @@ def scaling(run: Run) -> Iterator[dict]:
 
 
 TABLES = {f.__name__: f for f in (speed, memory, compression, flops, length, train, decode, routing, scaling)}
-ONLY_JSON = {"peak_tflops", "forward_spread", "x_first_spread", "x_eager_spread", "x_zaya_spread"}
+ONLY_JSON = {"peak_tflops", "forward_spread", "x_first_spread", "x_eager_spread", "x_zaya_spread", "curve", "recursing",
+             "recursing_low", "recursing_high"}  # fmt: skip
 LABEL = ("level", "mix", "B", "T", "dtype", "mode")
 
 
@@ -975,24 +991,25 @@ def show(row: dict, above: list[str]) -> list[str]:
 
 
 def draw_scaling(rows: list[dict], figure) -> None:
-    """What was measured, and what is predicted with its interval, over the parameters."""
-    for axes, key in zip(figure.subplots(3, sharex=True), ("ms_per_token", *BY_RULE), strict=True):
-        for level in ("scaling", "predicted"):
-            found = [row for row in rows if row["level"] == level and key in row]
-            x, y = [row["params"] for row in found], [row[key] for row in found]
-            ends = [[abs(row.get(f"{key}_{end}", row[key]) - row[key]) for row in found] for end in ("low", "high")]
-            axes.errorbar(x, y, ends, fmt="o", capsize=4, label="measured" if level == "scaling" else level)
+    """Over the parameters what was measured, and the fit with its interval."""
+    for axes, key in zip(figure.subplots(len(SCALES), sharex=True), SCALES, strict=True):
+        for curve in (row["curve"] for row in rows if row["level"] == "fit" and row["mix"] == key):
+            x, y, low, high = zip(*curve, strict=True)
+            axes.plot(x, y, label="fit")
+            axes.fill_between(x, low, high, alpha=0.2, label="95% prediction interval")
+        found = [(row["params"], row[key]) for row in rows if row["level"] == "scaling" and key in row]
+        axes.plot(*zip(*found, strict=True), "o", label="measured")
         axes.set(xscale="log", yscale="log" if key == "ms_per_token" else "linear", ylabel=key)
     axes.set(xlabel="parameters")
     axes.legend()
 
 
 def draw(tables: dict[str, list[dict]], folder: Path) -> None:
-    """One chart a table: lines over T for length, else bars of one figure."""
+    """One chart a table: lines over T for length, curves over the parameters for scaling, else bars of one figure."""
     for table, rows in tables.items():
         figure = import_module("matplotlib.figure").Figure(figsize=(9, 7), layout="constrained")
         if table == "scaling":
-            if any("ms_per_token" in row for row in rows):
+            if any(row["level"] == "fit" for row in rows):
                 draw_scaling(rows, figure)
                 figure.savefig(folder / f"{table}.png", dpi=100)
             continue
@@ -1029,8 +1046,8 @@ def fill(run: Run, rows: list[dict]) -> None:
     """Measure a table into `rows`, and print it."""
     print(f"\n== {run.table}", flush=True)
     start, above, left = time.perf_counter(), [], {}
-    timed = run.table in ("speed", "compression", "length", "train")
-    compiled = [{"mode": "compiled", "left_out": run.late}] if run.short and timed and not run.b.only else []
+    both = run.table in ("speed", "compression", "length", "train")
+    compiled = [{"mode": "compiled", "left_out": run.late}] if run.short and both and not run.b.only else []
     for row in chain(TABLES[run.table](run), compiled):
         rows.append(row)
         if "left_out" in row:
@@ -1056,6 +1073,8 @@ def main(argv: list[str]) -> int:
     shape = parse([str(CONFIGS / "small.toml"), *files], HydraConfig, TrainConfig)
     base = {name: value for name, value in shape.items() if name in asdict(HydraConfig())}
     c, b = build(given, HydraConfig, BenchConfig, base=base)
+    if table == "scaling" and files:
+        raise UserError(f"{files[0]!r}: table scaling has its own files, config/scale_*: give it --key=value only")
     if table not in ("routing", "scaling"):
         need(c, "mod_capacity", not c.mod_capacity, "only table routing measures routed models: use that, or 0")
         need(c, "mor_recursions", c.mor_recursions == 1, "only table routing measures routed models: use that, or 1")
@@ -1072,12 +1091,12 @@ def main(argv: list[str]) -> int:
           + ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
           + f"; {count_params(c):,} parameters")  # fmt: skip
     result["tables"] = {name: [] for name in ([table] if table else TABLES)}
+    overrides = {key: value for key, value in given.items() if key in asdict(c)}
     until = time.perf_counter()
     latest = until + 1.1 * sum(SHORT.values())
     for name, rows in result["tables"].items():
         until = min(latest, max(until, time.perf_counter()) + SHORT[name])  # what one leaves, the next ones have
-        given = {key: value for key, value in given.items() if key in asdict(c)}
-        fill(Run(name, c, b, device, peaks, math.inf if table else until, given), rows)
+        fill(Run(name, c, b, device, peaks, math.inf if table else until, overrides), rows)
     if b.json:
         write_atomically(Path(b.json), lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
     if b.plot:
