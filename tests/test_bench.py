@@ -323,7 +323,11 @@ def test_routing_sets_times_next_to_flops(run, monkeypatch):
             routed = small(n_layer=6, mod_capacity=0.125)
             expected = flops_per_token(routed, T) / flops_per_token(dense, T)
             assert row["flops_x_first"] == pytest.approx(expected) and 0 < row["x_first"]
-        assert row["mix"] != "dense" or row["x_first"] == row["flops_x_first"] == 1
+        if row["mix"] == "dense":
+            assert row["x_first"] == row["flops_x_first"] == 1
+            texts = {"step": 3, "eval": 1, "decode": 24 / 64}[row["level"]]
+            expected = texts * 64 * flops_per_token(dense, T)
+            assert row["tflops"] * row["ms"] == pytest.approx(expected / 1e9)
 
 
 def test_routing_compiled_is_a_training_step(run, monkeypatch):
