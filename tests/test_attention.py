@@ -253,9 +253,10 @@ def test_the_block_mask_lists_exactly_the_visible_tiles(T, window):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("window", [0, 100])
-def test_compiled_flex_equals_sdpa_on_a_cpu(window):
-    """Compiled, FlexAttention reads the BlockMask's indices (eager it does not): a wrong mask fails here."""
+def test_compiled_flex_equals_sdpa_on_a_cpu():
+    """Compiled, FlexAttention reads the BlockMask's indices (eager it does not): a wrong mask fails here. Of this
+    window's tiles some are full, some cut by the diagonal, some by the window, some empty."""
+    window = 260
     torch.manual_seed(0)
     torch._dynamo.reset()
     q, k, v = (torch.randn(1, 400, heads, 16) for heads in (4, 2, 2))

@@ -66,7 +66,7 @@ def test_the_future_never_changes_the_past(pattern, window):
 @torch.no_grad()
 def test_the_future_never_changes_the_past_compiled():
     torch._dynamo.reset()
-    net = make("MC", n_layer=2, window=8).eval()
+    net = make("C", n_layer=1).eval()
     compiled = torch.compile(net, fullgraph=True)
     idx, targets = batch()
     logits, _ = compiled(idx, targets)

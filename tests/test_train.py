@@ -94,7 +94,7 @@ def test_kill_interrupt_and_resume_equal_one_straight_run(tmp_path):
     out, err = finish(run, 130)
     stopped = torch.load(broken / "last.pt", weights_only=True)["step"]
     assert f"stopped at step {stopped}, saved" in out and "Traceback" not in err and reached + 5 <= stopped < 120
-    finish(start([f"--out_dir={broken}", "--resume"]))
+    train.main([f"--out_dir={broken}", "--resume"])
 
     assert losses(broken) == losses(straight)
     assert [r["resumed_at"] for r in records(broken) if "resumed_at" in r] == [reached, stopped]
@@ -409,11 +409,11 @@ def test_a_folder_that_cannot_be_and_a_damaged_checkpoint(tmp_path):
 
 
 def test_the_command_line_ends_with_2_and_one_line(capsys):
-    process = start(["--help"])  # a reader that leaves early is no error to shout about
-    process.stdout.close()
+    process, other = start(["--help"]), start(["--learning_rat=1"])
+    process.stdout.close()  # a reader that leaves early is no error to shout about
     assert "Traceback" not in process.stderr.read()
     process.wait(60)
-    out, err = finish(start(["--learning_rat=1"]), 2)
+    out, err = finish(other, 2)
     assert out == "" and err.count("\n") == 1 and "did you mean learning_rate" in err and "Traceback" not in err
     with pytest.raises(SystemExit):
         train.main(["--help"])
