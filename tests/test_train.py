@@ -29,7 +29,7 @@ ROOT = Path(train.__file__).parent
 TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--latent_head_dim=0",
         "--mlp_ratio=1", "--block_size=32",
         "--vocab_size=257", "--tokenizer=bytes", f"--data={__file__}", "--batch_size=2", "--eval_iters=2",
-        "--warmup_iters=5", "--log_interval=1", "--sample_tokens=4"]  # fmt: skip
+        "--final_eval_iters=4", "--warmup_iters=5", "--log_interval=1", "--sample_tokens=4"]  # fmt: skip
 
 
 def options(tmp: Path, name: str, **keys) -> list[str]:
