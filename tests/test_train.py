@@ -352,8 +352,8 @@ def test_a_short_training_beats_a_unigram_model(tmp_path):
     package = str(Path(json.__file__).parents[1] / "asyncio")
     args = ["--n_layer=4", "--pattern=MCCL", "--dim=64", "--n_head=4", "--compression=2", "--latent_head_dim=0",
             "--mlp_ratio=2", "--block_size=128", "--vocab_size=257",
-            "--tokenizer=bytes", "--batch_size=8", "--max_iters=80", "--warmup_iters=10", "--learning_rate=4e-3",
-            "--eval_interval=80", "--sample_tokens=0", "--eval_iters=2", f"--data={package}",
+            "--tokenizer=bytes", "--batch_size=8", "--max_iters=120", "--warmup_iters=10", "--learning_rate=4e-3",
+            "--eval_interval=120", "--sample_tokens=0", "--eval_iters=2", f"--data={package}",
             f"--cache_dir={tmp_path}", f"--out_dir={tmp_path / 'run'}"]  # fmt: skip
     train.main(args)
     corpus = prepare(package, "bytes", str(tmp_path))
