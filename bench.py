@@ -284,7 +284,8 @@ class Contestant:
     head and loss), peer (ZayaAttention): the step is forward+backward. train, naive, step: a model's optimiser step.
     eval: its loss in evaluation. decode: CYCLE tokens one by one behind T others, weights in `dtype`."""
 
-    def __init__(self, level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str, rate: float = 0):
+    def __init__(self, level: str, c: HydraConfig, B: int, T: int, device: torch.device, dtype: str,
+                 t: TrainConfig | None = None):  # fmt: skip
         mixed = dtype == "bfloat16" and level != "decode"
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=mixed)
         whole = level in WHOLE
@@ -311,7 +312,7 @@ class Contestant:
             force_routers(net.eval())
             self.step = self.decoding(B, T, DTYPES[dtype]) if level == "decode" else torch.no_grad()(self.forward)
         elif level in TRAINED:
-            self.step = self.training(replace(TrainConfig(), **({"learning_rate": rate} if rate else {})))
+            self.step = self.training(t or TrainConfig())
         else:
             self.grad = torch.randn_like(self.forward())
 
@@ -871,11 +872,11 @@ def logistic(y: float) -> float:
 SCALES = {"ms_per_token": (math.log, math.exp), "routed_fraction": (logit, logistic), "recursing": (logit, logistic)}
 
 
-def grow(run: Run, c: HydraConfig, rate: float, dtype: str, corpus: Corpus) -> dict:
+def grow(run: Run, c: HydraConfig, t: TrainConfig, dtype: str, corpus: Corpus) -> dict:
     """Trains a shape for run.b.rounds steps, after one that is not timed, then evaluates it."""
     need(c, "vocab_size", c.vocab_size >= corpus.enc.n_vocab, f"the default corpus has {corpus.enc.n_vocab} tokens")
     torch.manual_seed(run.b.seed)
-    it, seconds, losses = Contestant("step", c, 1, SCALING_T, run.device, dtype, rate), [], []
+    it, seconds, losses = Contestant("step", c, 1, SCALING_T, run.device, dtype, t), [], []
     for step in range(run.b.rounds + 1):
         it.batch = [x.to(run.device) for x in get_batch(corpus.train, 1, SCALING_T, run.b.seed, step)]
         seconds.append(timed(it.step, run.device))
@@ -917,14 +918,14 @@ def predicted(c: HydraConfig, params: int, trends: dict[str, Trend], largest: in
 
 
 def scaling(run: Run) -> Iterator[dict]:
-    kinds, shapes, t = (HydraConfig, TrainConfig), [], TrainConfig()
+    kinds, shapes = (HydraConfig, TrainConfig), []
     for path in CONFIGS.glob("scale_*.toml"):
-        c, own = build(parse([str(path)], *kinds) | run.given, *kinds)
+        c, t = build(parse([str(path)], *kinds) | run.given, *kinds)
         with torch.device("meta"):
-            shapes.append((sum(p.numel() for p in Hydra(c).parameters()), path.stem, c, own.learning_rate))
+            shapes.append((sum(p.numel() for p in Hydra(c).parameters()), path.stem, c, t))
     dtype = str(pick_dtype("auto", run.device, run.c.dim)[0]).removeprefix("torch.")
     corpus, found, others = None, [], []
-    for params, name, c, rate in sorted(shapes, key=itemgetter(0, 1)):
+    for params, name, c, t in sorted(shapes, key=itemgetter(0, 1)):
         label = {"level": "scaling", "mix": name, "B": 1, "T": SCALING_T, "dtype": dtype, "params": params}
         steps = run.b.rounds + 2 + EVALUATIONS / 3
         seconds = steps * step_flops("step", c, 1, SCALING_T) / run.peaks[dtype] / 0.3
@@ -933,7 +934,7 @@ def scaling(run: Run) -> Iterator[dict]:
             reason = f"more than {SCALING_SECONDS} s on a CPU"
         if not reason:
             corpus = corpus or prepare(t.data, t.tokenizer, t.cache_dir)
-        row = label | ({"left_out": reason} if reason else grow(run, c, rate, dtype, corpus))
+        row = label | ({"left_out": reason} if reason else grow(run, c, t, dtype, corpus))
         yield row
         if "left_out" not in row:
             found.append(row)
@@ -951,7 +952,7 @@ def scaling(run: Run) -> Iterator[dict]:
         if len({y for _, y in points}) < 2:  # all at one bound, or not routed: nothing to fit
             continue
         trends[key] = trend = fit(*map(list, zip(*points, strict=True)))
-        ends = math.log(sizes[0]), math.log(max(sizes[-1], *(params for *_, params in others)))
+        ends = math.log(sizes[0]), math.log(max(sizes + [params for *_, params in others]))
         curve = [ends[0] + (ends[1] - ends[0]) * i / 30 for i in range(31)]
         yield {"level": "fit", "mix": key, "form": "line" if trend.sloped else "constant", "slope": trend.slope,
                "slope_error": trend.error, "measured": len(points),
@@ -998,7 +999,7 @@ def draw_scaling(rows: list[dict], figure) -> None:
             axes.plot(x, y, label="fit")
             axes.fill_between(x, low, high, alpha=0.2, label="95% prediction interval")
         found = [(row["params"], row[key]) for row in rows if row["level"] == "scaling" and key in row]
-        axes.plot(*zip(*found, strict=True), "o", label="measured")
+        axes.plot([params for params, _ in found], [value for _, value in found], "o", label="measured")
         axes.set(xscale="log", yscale="log" if key == "ms_per_token" else "linear", ylabel=key)
     axes.set(xlabel="parameters")
     axes.legend()

@@ -418,6 +418,13 @@ def test_scaling_measures_what_fits_and_predicts_the_rest(scales, capsys):
     assert "a guess" in capsys.readouterr().out
 
 
+def test_scaling_where_everything_fits_predicts_nothing(scales, monkeypatch):
+    monkeypatch.setattr(bench, "available", lambda device: 1e12)
+    monkeypatch.setattr(bench, "SCALING_SECONDS", 1e9)
+    rows = scales()
+    assert len([r for r in rows if "steps" in r]) == 5 and {r["level"] for r in rows} == {"scaling", "fit"}
+
+
 def test_scaling_needs_three_shapes_to_predict(scales, monkeypatch):
     monkeypatch.setattr(bench, "available", lambda device: 1e6)
     rows = scales()
@@ -426,6 +433,8 @@ def test_scaling_needs_three_shapes_to_predict(scales, monkeypatch):
 
 def test_scaling_is_drawn(scales, tmp_path):
     pytest.importorskip("matplotlib", reason="charts are optional: pip install matplotlib")
+    scales(f"--plot={tmp_path}", "--mod_capacity=0")  # a panel stays empty
+    (tmp_path / "scaling.png").unlink()
     scales(f"--plot={tmp_path}")
     assert (tmp_path / "scaling.png").stat().st_size > 10000
 
