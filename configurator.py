@@ -1,34 +1,33 @@
 """One road for configuration: `python train.py [config/x.toml ...] [--key=value ...]`, read in order, later wins.
 
-The keys are the fields of plain dataclasses of int, float, bool and str; a field's trailing comment is its --help text.
-- `parse` reads files and options into a dict of what was given, typed; `build` makes the dataclasses of it;
-  `to_toml` writes them as a file that `parse` reads back to the same values; `cli` runs a main function.
-- Nothing passes silently: unknown key -> the nearest names, wrong type -> the expected one, each in one line.
-Left out on purpose: exec, tables, lists, None, environment variables. A programmer's mistake is a TypeError.
+The keys are the fields of plain dataclasses of int, float, bool, str and tuple[str, ...], an option that may be given
+several times; a field's trailing comment is its --help text. `parse` reads files and options into a dict, `build` makes
+the dataclasses of it, `to_toml` writes a file that `parse` reads back to the same values, `cli` runs a main function.
+Unknown keys and wrong types are a UserError; a programmer's mistake is a TypeError.
+Left out: exec, tables, lists, None, environment variables.
 """
 
-import ast
 import difflib
 import glob
 import inspect
-import io
 import json
 import math
 import os
+import re
 import sys
-import textwrap
-import tokenize
 import tomllib
 from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields
 from typing import get_type_hints
 
+REPEATED = tuple[str, ...]
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EXPECTED = {
     int: "an int: give a whole number, e.g. 1000",
     float: "a finite float: give a number, e.g. 3e-4",
     bool: "a bool: give true or false",
     str: "a str: give UTF-8 text (in quotes in a file)",
+    REPEATED: "a list of str: give UTF-8 text, several times for several (a list in a file)",
 }
 
 
@@ -36,21 +35,21 @@ class UserError(ValueError):
     """Bad input by the user. Its text is one line: the value, the reason, the remedy."""
 
 
-def need(config: object, name: str, holds: bool, remedy: str) -> None:
-    """A check in a dataclass's __post_init__: UserError, with the value and the remedy, unless `holds`."""
+def need(config: object, names: str, holds: bool, remedy: str) -> None:
+    """A check in a dataclass's __post_init__: UserError, with the values of `names` and the remedy, unless `holds`."""
     if not holds:
-        raise UserError(f"{name}={getattr(config, name)!r}: {remedy}")
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in names.split())
+        raise UserError(f"{values}: {remedy}")
 
 
 def key_types(types: tuple[type, ...]) -> dict[str, type]:
-    """Every key of the dataclasses with its type. A key may be in two of them if both give it the same type."""
+    """Every key of the dataclasses with its type."""
     kinds: dict[str, type] = {}
     for cls in types:
-        hints = get_type_hints(cls)
-        for name in (f.name for f in fields(cls) if f.init):
-            if hints[name] not in EXPECTED or kinds.setdefault(name, hints[name]) is not hints[name]:
-                raise TypeError(f"{cls.__name__}.{name} is a {hints[name]}: fields are int, float, bool or str, "
-                                "and a key shared by two dataclasses has one type")
+        for name, kind in get_type_hints(cls).items():
+            if kind not in EXPECTED or name in kinds:
+                raise TypeError(f"{cls.__name__}.{name}: give it a type of EXPECTED, and a name of its own")
+            kinds[name] = kind
     return kinds
 
 
@@ -64,8 +63,11 @@ def known(name: str, kinds: dict[str, type], where: str = "") -> str:
     raise UserError(f"{where}unknown key {name!r}: {hint}")
 
 
-def typed(value: object, kind: type, where: str, text: bool = False) -> int | float | bool | str:
+def typed(value: object, kind: type, where: str, text: bool = False) -> int | float | bool | str | tuple:
     """`value` as a `kind`, or a UserError. Only an option is `text` to convert; a file has types and keeps them."""
+    if kind == REPEATED and isinstance(value, (str, list, tuple)):
+        several = [value] if isinstance(value, str) else value
+        return tuple(typed(one, str, where) for one in several)
     result = value
     try:
         if text:
@@ -84,14 +86,15 @@ def typed(value: object, kind: type, where: str, text: bool = False) -> int | fl
 
 def no_file(word: str) -> UserError:
     """The error for an argument that is neither an option nor an existing .toml file, with the likely intention."""
-    reason = "is a directory" if os.path.isdir(word) else "does not exist"
-    reason = "is not a .toml file" if os.path.isfile(word) else reason
+    if "=" in word or word.startswith("-"):
+        return UserError(f"{word!r} is no file: options have two dashes, write --{word.lstrip('-')}")
+    reason = "does not exist"
+    if os.path.exists(word):
+        reason = "is a directory" if os.path.isdir(word) else "is not a .toml file"
     paths = glob.glob("config/*.toml") + glob.glob(os.path.join(glob.escape(os.path.dirname(word)), "*.toml"))
     stems = {os.path.basename(path).removesuffix(".toml"): path for path in reversed(paths)}
     near = difflib.get_close_matches(os.path.basename(word).removesuffix(".toml"), stems, n=1)
     remedy = f"did you mean {stems[near[0]]}?" if near else "give a .toml file or --key=value (see --help)"
-    if "=" in word or word.startswith("-"):
-        remedy = f"options have two dashes, write --{word.lstrip('-')}"
     return UserError(f"{word!r} {reason}: {remedy}")
 
 
@@ -112,7 +115,8 @@ def read_toml(path: str, kinds: dict[str, type]) -> dict:
         raise UserError(f"{path!r} is not valid TOML: {reason}") from None
     given = {}
     for name, value in table.items():
-        if isinstance(value, (dict, list)):
+        listed = isinstance(value, list) and kinds.get(name.replace("-", "_")) != REPEATED
+        if listed or isinstance(value, dict):
             raise UserError(f"{path}: {name!r} is a table or a list: keys are flat, write key = value lines only")
         key = known(name, kinds, f"{path}: ")
         given[key] = typed(value, kinds[key], f"{path}: {key} = ")
@@ -122,6 +126,7 @@ def read_toml(path: str, kinds: dict[str, type]) -> dict:
 def parse(argv: list[str], *types: type, doc: str = "") -> dict:
     """Files and options of `argv` in order, later wins: only the given keys, with typed values. Raises UserError."""
     kinds, given, rest = key_types(types), {}, list(argv)
+    repeated: dict[str, tuple] = {}
     if "-h" in rest or "--help" in rest:  # before all else, so that it also helps beside a mistake
         print(help_text(types, doc))
         raise SystemExit(0)
@@ -139,6 +144,8 @@ def parse(argv: list[str], *types: type, doc: str = "") -> dict:
                 raise UserError(f"--{key} needs a value: write --{key}=VALUE")
             text = rest.pop(0)
         given[key] = typed(text, kinds[key], f"--{key}=", text=True)
+        if kinds[key] == REPEATED:
+            given[key] = repeated[key] = repeated.get(key, ()) + given[key]
     return given
 
 
@@ -148,17 +155,13 @@ def build(given: dict, *types: type, base: dict | None = None) -> tuple:
     for name, value in [*(base or {}).items(), *given.items()]:
         key = known(name, kinds)
         values[key] = typed(value, kinds[key], f"{key} = ")
-    for key in (f.name for cls in types for f in fields(cls) if f.init and f.default is MISSING):
-        if key not in values:
-            raise UserError(f"{key} has no default: give --{key}=VALUE")
-    try:
-        return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in types)
-    except ValueError as error:  # a sentence of __post_init__
-        raise UserError(str(error)) from error
+    return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in types)
 
 
-def literal(value: int | float | bool | str) -> str:
+def literal(value: int | float | bool | str | tuple) -> str:
     """`value` in TOML. JSON escapes strings as TOML does, except for DEL; ASCII-only JSON would make surrogates."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(literal, value))}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
@@ -166,32 +169,19 @@ def literal(value: int | float | bool | str) -> str:
 
 def to_toml(*configs: object) -> str:
     """The configurations as flat TOML (write it as UTF-8), which `parse` reads back to the same values."""
-    kinds, written, lines = key_types(tuple(type(c) for c in configs)), {}, []
+    kinds = key_types(tuple(type(config) for config in configs))
+    lines = []
     for config in configs:
         lines.append(f"# {type(config).__name__}")
-        for key in (f.name for f in fields(config) if f.init):
-            value = typed(getattr(config, key), kinds[key], f"{key} = ")
-            if key not in written:  # TOML forbids a second line for a key that two dataclasses share
-                lines.append(f"{key} = {literal(value)}")
-            if written.setdefault(key, value) != value:
-                raise TypeError(f"{key} is both {written[key]!r} and {value!r}: a shared key has one value")
+        for key in (field.name for field in fields(config)):
+            lines.append(f"{key} = {literal(typed(getattr(config, key), kinds[key], f'{key} = '))}")
         lines.append("")
     return "\n".join(lines)
 
 
 def field_comments(cls: type) -> dict[str, str]:
-    """The comment behind each field, `name: type = default  # comment`, "" where there is none; parents' included."""
-    found: dict[str, str] = {}
-    for parent in (c for c in reversed(cls.__mro__) if is_dataclass(c)):
-        try:
-            source = textwrap.dedent(inspect.getsource(parent))
-        except OSError:  # made at run time: there is no source to read
-            continue
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-        for node in ast.parse(source).body[0].body:
-            if isinstance(node, ast.AnnAssign):
-                found[node.target.id] = comments.get(node.end_lineno, "")
+    """The comment behind each field, `name: type = default  # comment`, "" where there is none."""
+    found = dict(re.findall(r"^ +(\w+): [^#\n]* = [^#\n]*  # (.*)", inspect.getsource(cls), re.MULTILINE))
     return {f.name: found.get(f.name, "") for f in fields(cls)}
 
 
@@ -202,9 +192,8 @@ def help_text(types: tuple[type, ...], doc: str) -> str:
     lines.append("Read in order, later wins. Also --key value; --key alone sets a bool to true.")
     for cls in types:
         comments = field_comments(cls)
-        default = {f.name: "(required)" if f.default is MISSING else literal(f.default) for f in fields(cls) if f.init}
-        options = {key: f"  --{key}={text}" for key, text in default.items()}
-        width = max(map(len, options.values()), default=0)
+        options = {f.name: f"  --{f.name}={literal(f.default)}" for f in fields(cls)}
+        width = max(map(len, options.values()))
         lines += ["", cls.__name__, *(f"{text:{width}}  {comments[key]}".rstrip() for key, text in options.items())]
     return "\n".join(lines)
 

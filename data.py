@@ -1,16 +1,13 @@
 """Text in, batches of tokens out, all of it offline unless a tokenizer must be downloaded.
 
-- Corpus: the Python standard library of the machine, or any text file or folder of the user's. UTF-8 only, exact
-  duplicates dropped, every file closed by <|endoftext|>, named by a fingerprint: compare losses at equal ones only.
-- Split: by the hash of a file's path, so that no file changes sides; where that leaves one side empty, the last part
-  of the joined text is for validation.
+- Corpus: the machine's Python standard library, or the user's text file or folder. UTF-8 only, exact duplicates
+  dropped, every file closed by <|endoftext|>, named by a fingerprint: compare losses at equal ones only.
+- Split: by the hash of a file's path, so that no file changes sides; where that leaves one side empty, the last tenth.
 - Tokenizers: `python4096` (its ranks are shipped), `bytes`, and the named encodings of tiktoken, downloaded by it.
-- Tokens: files with a checked header, written under a temporary name, renamed, then memory-mapped.
-- Batches: a pure function of (seed, step, rank), so there is nothing to save or to replay; evaluation windows meet
-  every target exactly once.
-
-`python data.py train_tokenizer OUT` trains python4096's ranks on the training side of the default corpus. It wrote
-config/python4096.tiktoken, and writes the same bytes again wherever the corpus has the fingerprint RANKS_CORPUS.
+- Token files with a checked header, memory-mapped. Batches: a pure function of (seed, step, rank), nothing to save or
+  to replay; evaluation windows meet every target exactly once.
+`python data.py train_tokenizer OUT` wrote config/python4096.tiktoken, and writes the same bytes wherever the default
+corpus has the fingerprint RANKS_CORPUS.
 Left out: shuffled epochs (a batch is drawn with replacement), padding between documents, other formats than text.
 """
 
@@ -20,6 +17,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -39,7 +37,6 @@ from configurator import UserError, cli
 EOT = "<|endoftext|>"
 RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
 N_RANKS = 4095  # with <|endoftext|> the vocabulary is a power of two
-# The fingerprint of the corpus behind RANKS.
 RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc"
 # A word with the one character before it (space, dot, bracket, underscore); up to three digits; punctuation with all
 # the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
@@ -93,8 +90,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 def tokenizer_hash(enc: tiktoken.Encoding) -> str:
     """sha256 of all that decides the ids of a text: pattern, special tokens, ranks."""
-    return hashlib.sha256(repr((enc._pat_str, sorted(enc._special_tokens.items()),
-                                sorted(enc._mergeable_ranks.items()))).encode()).hexdigest()
+    parts = (enc._pat_str, sorted(enc._special_tokens.items()), sorted(enc._mergeable_ranks.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def token_bytes(enc: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
@@ -116,7 +113,7 @@ def token_text(enc: tiktoken.Encoding, token: int) -> bytes:
         return b""
 
 
-def decode(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
+def text_of(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
     """The text of ids, with a replacement sign for a character that is cut."""
     return b"".join(token_text(enc, token) for token in tokens).decode("utf-8", errors="replace")
 
@@ -141,52 +138,47 @@ class Source:
 
     def fingerprint(self) -> str:
         """sha256 over the sorted paths and contents."""
-        return hashlib.sha256(b"".join(path_bytes(f.name) + b"\0" + f.digest for f in self.files)).hexdigest()
-
-
-def path_bytes(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")  # Linux allows names that are not text
+        return hashlib.sha256(b"".join(os.fsencode(f.name) + b"\0" + f.digest for f in self.files)).hexdigest()
 
 
 def is_validation(name: str) -> bool:
     """The side of a file, by its path only: by content it would change sides from one Python version to the next."""
-    return int(hashlib.sha256(path_bytes(name)).hexdigest()[:8], 16) % 100 < 10
+    return int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) % 100 < 10
 
 
 def list_files(root: Path, skipped: Counter[str], without: Collection[str | Path] = ()) -> list[str]:
     """Names of the regular files below `root`, sorted; no hidden ones, none that a link reaches outside of it, none in
     the folders `without` (names, or absolute paths)."""
-    def stop(error: OSError) -> None:
-        raise error
-
     names = []
-    for folder, folders, files in os.walk(root, onerror=stop):
-        skipped["hidden"] += sum(name.startswith(".") for name in folders + files)
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in without
-                      and Path(folder, name) not in without]
-        for path in (Path(folder, name) for name in files if not name.startswith(".")):
-            if not path.is_file() or path.is_symlink() and not path.resolve().is_relative_to(root):
-                skipped["links and devices"] += 1
-            else:
+    folders = [root]
+    while folders:
+        for path in folders.pop().iterdir():
+            if path.name.startswith("."):
+                skipped["hidden"] += 1
+            elif path.is_dir():
+                if not (path.is_symlink() or path.name in without or path in without):
+                    folders.append(path)
+            elif path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(root)):
                 names.append(path.relative_to(root).as_posix())
+            else:
+                skipped["links and devices"] += 1
     return sorted(names)
 
 
 def inspect(path: Path, name: str) -> TextFile | str:
     """The file's sizes and hash, read in chunks, or the reason why it is not text."""
     decoder, digest, size, chars = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            if b"\0" in chunk:
-                return "binary"
-            try:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                if b"\0" in chunk:
+                    return "binary"
                 chars += len(decoder.decode(chunk))
-            except UnicodeDecodeError:
-                return "not UTF-8"
-            digest.update(chunk)
-            size += len(chunk)
-    if decoder.getstate()[0]:
-        return "not UTF-8"  # it ends within a character
+                digest.update(chunk)
+                size += len(chunk)
+        decoder.decode(b"", final=True)  # fails within a character
+    except UnicodeDecodeError:
+        return "not UTF-8"
     return TextFile(name, size, chars, digest.digest()) if size else "empty"
 
 
@@ -202,27 +194,25 @@ def scan(name: str, title: str, root: Path, names: list[str], skipped: Counter[s
 
 
 def default_source() -> Source:
-    """The standard library without its tests and tables, else torch's own sources."""
-    def wanted(root: Path, name: str) -> bool:
-        if not name.endswith(".py") or name == "pydoc_data/topics.py" or name.startswith("_sysconfigdata"):
-            return False  # tables of the character sets repeat each other: validation would be a copy of training
-        return not (name.startswith("encodings/") and b"decoding_table" in (root / name).read_bytes())
-
+    """The standard library without its tests and tables."""
     library = Path(sysconfig.get_path("stdlib")).resolve()
-    fallback = f"sources of torch {torch.__version__} (FALLBACK: no standard library in {library})"
-    for label, title, root in (("stdlib", f"Python {platform.python_version()} standard library", library),
-                               ("torch", fallback, Path(torch.__file__).resolve().parent)):
-        skipped: Counter[str] = Counter()
-        names = list_files(root, skipped, NO_CORPUS) if root.is_dir() else []
-        names = [name for name in names if wanted(root, name)]
-        if len(names) >= FEWEST_FILES:
-            return scan(label, title, root, names, skipped)
-    raise UserError(f"no Python sources in {library} nor in torch: give a text file or folder with --data=PATH")
+    skipped: Counter[str] = Counter()
+    names = []
+    for name in list_files(library, skipped, NO_CORPUS) if library.is_dir() else ():
+        if not name.endswith(".py") or name.startswith(("_sysconfigdata", "pydoc_data/topics.py")):
+            continue
+        # Tables of the character sets repeat each other: validation would be a copy of training.
+        if not name.startswith("encodings/") or b"decoding_table" not in (library / name).read_bytes():
+            names.append(name)
+    if len(names) < FEWEST_FILES:
+        raise UserError(f"no Python sources in {library}: give a text file or folder with --data=PATH")
+    return scan("stdlib", f"Python {platform.python_version()} standard library", library, names, skipped)
 
 
 def user_source(data: str, without: Collection[Path] = ()) -> Source:
     """A text file, or every text file below a folder."""
-    path, skipped = Path(data).expanduser().resolve(), Counter()
+    path = Path(data).expanduser().resolve()
+    skipped: Counter[str] = Counter()
     if not path.is_file() and not path.is_dir():
         raise UserError(f"--data={data}: no such file or folder; give the path of a text file or of a folder of them")
     root, names = (path, list_files(path, skipped, without)) if path.is_dir() else (path.parent, [path.name])
@@ -308,8 +298,8 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | N
         raise bad("truncated within its header")
     try:
         meta = json.loads(head[len(MAGIC):])
-        version = meta["version"]
-        dtype, count = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]), int(meta["tokens"])
+        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
+        count, version = int(meta["tokens"]), meta["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise bad(f"damaged header ({type(error).__name__})") from error
     if version != VERSION:
@@ -364,9 +354,11 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "") -> Cor
 
 # ---- batches
 
-def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, seed: int, step: int,
-              rank: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and y, int64 [batch_size, block_size], y one token ahead of x: a pure function of (seed, step, rank)."""
+Batch = tuple[torch.Tensor, torch.Tensor]  # x and y, int64 [batch_size, block_size], y one token ahead of x
+
+
+def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, seed: int, step: int, rank: int = 0) -> Batch:
+    """A pure function of (seed, step, rank). Raises UserError: fewer tokens than one window."""
     if len(tokens) <= block_size:
         raise UserError(f"block_size {block_size} needs {block_size + 1} tokens, the training text has {len(tokens)}: "
                         "set a smaller --block_size or give more text with --data")
@@ -375,30 +367,28 @@ def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, seed: int, s
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def eval_batches(tokens: np.ndarray, batch_size: int, block_size: int,
-                 max_batches: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """x and y of windows side by side that meet each target once; or max_batches of them, evenly spread.
-
-    Every batch is int64 [batch_size, block_size], one shape for a compiled model: where the text ends within a window
-    or the windows within a batch, x is padded with 0 and y with -1, which the loss ignores.
-    """
+def eval_batches(tokens: np.ndarray, batch_size: int, block_size: int, max_batches: int = 0) -> Iterator[Batch]:
+    """Windows side by side that meet each target once; or max_batches of them, evenly spread. All of one shape, for a
+    compiled model: where the text or the windows end, x is padded with 0 and y with -1, which the loss ignores."""
     if len(tokens) < 2:
         raise UserError(f"{len(tokens)} validation tokens are too few to evaluate on: give more text with --data")
-    windows = -(-(len(tokens) - 1) // block_size)
+    windows = math.ceil((len(tokens) - 1) / block_size)
     chosen = min(windows, max_batches * batch_size) if max_batches else windows
     firsts = np.arange(chosen) * windows // chosen * block_size
     for batch in np.split(firsts, range(batch_size, chosen, batch_size)):
-        x, y = torch.zeros(batch_size, block_size, dtype=torch.int64), torch.full((batch_size, block_size), -1)
+        x = torch.zeros(batch_size, block_size, dtype=torch.int64)
+        y = torch.full((batch_size, block_size), -1)
         for row, first in enumerate(batch):
             window = torch.from_numpy(tokens[first:first + block_size + 1].astype(np.int64))
-            x[row, :len(window) - 1], y[row, :len(window) - 1] = window[:-1], window[1:]
+            x[row, :len(window) - 1] = window[:-1]
+            y[row, :len(window) - 1] = window[1:]
         yield x, y
 
 
-# ---- the shipped ranks
-
-def train_tokenizer(out: str) -> None:
-    """Train python4096's ranks on the training side of the default corpus and write them to `out`."""
+def main(args: list[str]) -> None:
+    """Train python4096's ranks on the training side of the default corpus and write them to a file."""
+    if len(args) != 2 or args[0] != "train_tokenizer":
+        raise UserError(f"{' '.join(args)!r} is no command of this file: python data.py train_tokenizer OUT")
     if importlib.util.find_spec("rustbpe") is None:
         raise UserError("rustbpe, a tool for this command only, is not installed: pip install rustbpe==0.1.0")
     import rustbpe
@@ -408,15 +398,11 @@ def train_tokenizer(out: str) -> None:
     train = ("".join(texts(source.root / file.name)) for file in source.files if not is_validation(file.name))
     trainer.train_from_iterator(train, N_RANKS, pattern=PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
-    Path(out).write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks), newline="\n")
-    same = "that of" if source.fingerprint() == RANKS_CORPUS else "NOT that of"
-    print(f"{out}: {len(ranks)} ranks from the {source.title}, {same} the shipped ranks ({source.fingerprint()[:12]})")
-
-
-def main(args: list[str]) -> None:
-    if len(args) != 2 or args[0] != "train_tokenizer":
-        raise UserError(f"{' '.join(args)!r} is no command of this file: python data.py train_tokenizer OUT")
-    train_tokenizer(args[1])
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
+    Path(args[1]).write_text("".join(lines), newline="\n")
+    fingerprint = source.fingerprint()
+    same = "that of" if fingerprint == RANKS_CORPUS else "NOT that of"
+    print(f"{args[1]}: {len(ranks)} ranks from the {source.title}, {same} the shipped ranks ({fingerprint[:12]})")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
 """Routing: how tokens skip layers, and how layers run more than once.
 
-- Mixture-of-Depths (arXiv:2404.02258): in every other block a router picks the tokens that go through it.
-- Mixture-of-Recursions (arXiv:2507.10524): the blocks are run several times, from the second time on for fewer and
-  fewer tokens, each time picked by a router of its own among those that the time before had.
-- Both at once: the recursions meet a routed block like any other, its router is shared as its weights are.
+- Mixture-of-Depths (arXiv:2404.02258): in every other block a router selects the tokens that go through it.
+- Mixture-of-Recursions (arXiv:2507.10524): the blocks are run several times, from the second time on for the tokens
+  that a router of that time selects among those of the time before. Both nest: a block has the same router each time.
 
-A router is one vector w: the score of a token is r = x . w, and a picked token gets
+A router is one vector w: the score of a token is r = x . w, and a selected token gets
     x + sigmoid(r) * (layers(x) - x)                                                                            (1)
-so that the loss reaches w; the others keep x. Among the picked tokens everything is as in a text of their own: order,
+so that the loss reaches w; the others keep x. Among the selected tokens everything is as in a text of their own: order,
 attention, convolutions, shift, state; only RoPE sees the positions that they have in the whole text.
-- Training, expert choice: the k highest scores of each sequence, k a number of Python's, so every shape is static. The
-  picked tokens are put in the order of the text: in top-k's order of scores the causal mask would leak the future.
+- Training, expert choice: the k highest scores of each sequence, a static shape, put in the order of the text: in the
+  order of scores the causal mask would leak the future.
 - Evaluation and generation, the causal rule: r > 0. An auxiliary loss, BCE(r, is in the top k), makes the two agree.
-  Top-k would look at the future, so nothing but training uses it.
-In evaluation the picked tokens come first in their order, the others behind them, where the causal mask hides them, up
-to the largest count of the batch. Where shapes must not follow the data (CUDA, compiled, `Context.static`), up to all:
-the same to the last digits, but nothing is saved. A generating state counts the picked tokens of each row: the count
-is the row's next slot.
+  The selected tokens come first, the causal mask hides the others behind them. All are computed, except in a prefill on
+  a CPU: with fewer rows a product may round differently, and a token's last digits would depend on later tokens. A
+  generating state counts the selected tokens of each row: the count is the row's next slot.
 Left out: token choice, keys and values shared between recursions, z-losses, routers with hidden layers.
 
-Shapes: B batch, T tokens, D width, k picked tokens; see attention.py.
+Shapes: B batch, T tokens, D width, k selected tokens; see attention.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import Context, State
+from attention import Context, LayerState
 
-# Evaluation rounds its counts up to this: few shapes, and a product's rows are bit for bit the same with more of them.
-ROWS = 64
+ROWS = 64  # a prefill rounds its counts up to this, so that few shapes occur
 AUX_DEPTHS, AUX_RECURSIONS = 0.01, 1e-3  # weights of the auxiliary losses of the two papers
 
 
@@ -46,90 +42,78 @@ def recursion_tokens(recursions: int, T: int) -> list[int]:
     return [max(1, T * (recursions - i) // recursions) for i in range(recursions)]
 
 
+def is_routed(config, layer: int) -> bool:
+    """Whether a block has a router: every other one, where there is a capacity."""
+    return config.mod_capacity > 0 and layer % 2 == 1
+
+
+def layer_tokens(config, T: int) -> list[int]:
+    """Tokens of every layer of every recursion, for texts of T tokens, in training."""
+    result = []
+    for tokens in recursion_tokens(config.mor_recursions, T):
+        for layer in range(config.n_layer):
+            result.append(depth_tokens(config.mod_capacity, tokens) if is_routed(config, layer) else tokens)
+    return result
+
+
 class Router(nn.Module):
-    """Scores of tokens, and the record of what they did since `record` was last set to None."""
+    """Scores of tokens."""
 
     def __init__(self, dim: int, aux_weight: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.aux_weight = aux_weight
-        self.record: Tensor | None = None  # [4]: sums over calls of `note`'s numbers, and their number
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> r [B, T], fp32 under autocast too: scores in bf16 tie."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             return x_BTD.float() @ self.weight.float()
 
-    def note(self, aux: Tensor, agreement: Tensor, fraction: Tensor) -> None:
-        """Weighted auxiliary loss; part of the tokens on which r > 0 and top-k agree; part that has r > 0."""
-        new = torch.stack((aux, agreement, fraction, torch.ones_like(fraction)))
-        self.record = new if self.record is None else self.record + new
 
+class Selection(NamedTuple):
+    """The tokens that a router selected."""
 
-class Pick(NamedTuple):
-    """The tokens that a router picked."""
-
-    index: Tensor | None  # [B, k, 1], ascending; None in a decode step, whose rows have one token each
+    index: Tensor | None  # [B, k, 1], ascending; None in a decoding step, whose rows have one token each
     gate: Tensor  # [B, k, 1]: sigmoid(r), 0 for tokens that only fill the shape
     ctx: Context  # theirs
 
     def apply(self, x_BTD: Tensor, layers: Callable[[Tensor, Context], Tensor]) -> Tensor:
-        """Equation (1) for the picked tokens of x -> [B, k, D]."""
-        x = x_BTD if self.index is None else x_BTD.gather(1, self.index.expand(-1, -1, x_BTD.size(-1)))
-        return torch.lerp(x, layers(x, self.ctx), self.gate)
+        """Equation (1) for the selected tokens of x -> [B, k, D]."""
+        x_BkD = x_BTD
+        if self.index is not None:
+            x_BkD = x_BTD.gather(1, self.index.expand(-1, -1, x_BTD.size(-1)))
+        return torch.lerp(x_BkD, layers(x_BkD, self.ctx), self.gate)
 
-    def put_back(self, x_BTD: Tensor, picked_BkD: Tensor) -> Tensor:
-        """x with the picked tokens in their places."""
+    def put_back(self, x_BTD: Tensor, selected_BkD: Tensor) -> Tensor:
+        """x with the selected tokens in their places."""
         if self.index is None:
-            return picked_BkD
-        return x_BTD.scatter(1, self.index.expand_as(picked_BkD), picked_BkD)
+            return selected_BkD
+        return x_BTD.scatter(1, self.index.expand_as(selected_BkD), selected_BkD)
 
 
-def select(router: Router, k: int, x_BTD: Tensor, ctx: Context, state: State | None) -> Pick | None:
-    """What `router` picks of x; None where that is nothing. `state` is the one that counts for these layers."""
-    r_BT = router(x_BTD)
-    if ctx.decode:
-        return select_now(r_BT, x_BTD, ctx, state)
-    if router.training and state is None:
-        index_Bk = r_BT.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-        inside = torch.zeros_like(r_BT).scatter(1, index_Bk, 1.0)
-        aux = router.aux_weight * F.binary_cross_entropy_with_logits(r_BT, inside)
-        agreement = ((r_BT > 0) == (inside > 0)).float().mean()
-        router.note(aux, agreement.detach(), (r_BT > 0).float().mean())
-        gate_Bk, lengths_B = r_BT.gather(1, index_Bk).sigmoid(), None
-    else:
-        B, T = r_BT.shape
-        keep_BT, total = r_BT > 0, torch.full((), B * T, device=r_BT.device)
-        if ctx.lengths is not None:
-            keep_BT = keep_BT & (torch.arange(T, device=r_BT.device) < ctx.lengths[:, None])
-            total = ctx.lengths.sum()
-        lengths_B = keep_BT.sum(1)
-        fraction = lengths_B.sum() / total.clamp(min=1)
-        router.note(torch.zeros_like(fraction), torch.full_like(fraction, torch.nan), fraction)
-        if state is not None:
-            state["count"].copy_(lengths_B)
-        static = ctx.static or x_BTD.is_cuda or torch.compiler.is_compiling()
-        most = T if static else int(lengths_B.max())  # a sync, which costs a CPU nothing
-        if most == 0:
-            return None
-        k = min(T, -(-most // ROWS) * ROWS)
-        index_Bk = (~keep_BT).sort(dim=1, stable=True).indices[:, :k]
-        gate_Bk = r_BT.gather(1, index_Bk).sigmoid() * keep_BT.gather(1, index_Bk)
-    return Pick(index_Bk[..., None], gate_Bk[..., None].to(x_BTD.dtype), context_at(index_Bk, ctx, lengths_B))
+# What a router did in one call, fp32 [3]: its weighted auxiliary loss; part of the tokens on which r > 0 and top-k
+# agree (NaN outside of training); part that has r > 0. None in a decoding step.
+Record = Tensor | None
+Selected = tuple[Selection | None, Record]  # None where no token is selected
 
 
-def context_at(index_Bk: Tensor, ctx: Context, lengths_B: Tensor | None) -> Context:
-    """The context of the tokens at `index_Bk`: their true positions and rotations."""
-    B, row_B1 = len(index_Bk), torch.arange(len(index_Bk), device=index_Bk.device)[:, None]
-    rope = {
-        width: tuple(t.expand(B, *t.shape[-3:])[row_B1, index_Bk] for t in tables) for width, tables in ctx.rope.items()
-    }
-    return ctx._replace(pos=ctx.pos.expand(B, -1).gather(1, index_Bk), rope=rope, lengths=lengths_B)
+def selection_at(index_Bk: Tensor, gate_Bk: Tensor, ctx: Context, lengths_B: Tensor | None) -> Selection:
+    """The tokens at `index_Bk`, with their true positions and rotations."""
+    B = len(index_Bk)
+    row_B1 = torch.arange(B, device=index_Bk.device)[:, None]
+    rope = {}
+    for width, tables in ctx.rope.items():
+        rope[width] = tuple(table.expand(B, *table.shape[-3:])[row_B1, index_Bk] for table in tables)
+    ctx = ctx._replace(pos=ctx.pos.expand(B, -1).gather(1, index_Bk), rope=rope, lengths=lengths_B)
+    return Selection(index_Bk[..., None], gate_Bk[..., None], ctx)
 
 
-def select_now(r_B1: Tensor, x_B1D: Tensor, ctx: Context, state: State) -> Pick | None:
-    """A decode step: the next slot of these layers is each row's count, and rows that bypass keep their state. Eager on
-    a CPU (`ctx.visible` is known) nothing runs where no row is picked; else all rows run, without a sync."""
+def select_now(r_B1: Tensor, x_B1D: Tensor, ctx: Context, state: LayerState) -> Selection | None:
+    """A decoding step: the next slot of these layers is each row's count, and rows that bypass keep their state. Eager
+    on a CPU (`ctx.visible` is known) nothing runs where no row is selected; else all rows run, without a sync."""
     keep_B, count_B = r_B1[:, 0] > 0, state["count"]
     if ctx.keep is not None:
         keep_B = keep_B & ctx.keep
@@ -137,53 +121,122 @@ def select_now(r_B1: Tensor, x_B1D: Tensor, ctx: Context, state: State) -> Pick 
     if ctx.visible is not None:
         if not keep_B.any():
             return None
-        visible, alone = int(count_B[keep_B].max()) + 1, len(keep_B) == 1
+        visible = int(count_B[keep_B].max()) + 1
+        alone = len(keep_B) == 1
     gate_B11 = (r_B1.sigmoid() * keep_B[:, None])[..., None].to(x_B1D.dtype)
     ctx = ctx._replace(pos=count_B[:, None].clone(), visible=visible, uniform=alone, keep=None if alone else keep_B)
     count_B += keep_B
-    return Pick(None, gate_B11, ctx)
+    return Selection(None, gate_B11, ctx)
 
 
-def recurse(
-    blocks: Sequence[nn.Module], routers: Sequence[Router], x_BTD: Tensor, ctx: Context, states: list[State] | None
-) -> Tensor:
-    """All blocks for all tokens, then once more for each router, for the tokens that it picks of those before it
-    -> [B, T, D]. States: one for each block of the first recursion, of the second, and so on."""
-    part = states and states[: len(blocks)]  # of the recursion at hand
+def select_positive(r_BT: Tensor, x_BTD: Tensor, ctx: Context, state: LayerState | None) -> Selected:
+    """Evaluation and prefill: the tokens with r > 0, in front of the others."""
+    k = T = r_BT.size(1)
+    real_BT = torch.ones_like(r_BT, dtype=torch.bool)
+    if ctx.lengths is not None:
+        real_BT = torch.arange(T, device=r_BT.device) < ctx.lengths[:, None]
+    keep_BT = real_BT & (r_BT > 0)
+    lengths_B = keep_BT.sum(1)
+    fraction = lengths_B.sum() / real_BT.sum().clamp(min=1)
+    record = torch.stack((torch.zeros_like(fraction), torch.full_like(fraction, torch.nan), fraction))
+    if state is not None:
+        state["count"].copy_(lengths_B)
+        if x_BTD.device.type == "cpu" and not torch.compiler.is_compiling():
+            most = int(lengths_B.max())
+            if most == 0:
+                return None, record
+            k = min(T, (most + ROWS - 1) // ROWS * ROWS)
+    index_Bk = (~keep_BT).sort(dim=1, stable=True).indices[:, :k]
+    gate_Bk = (r_BT.gather(1, index_Bk).sigmoid() * keep_BT.gather(1, index_Bk)).to(x_BTD.dtype)
+    return selection_at(index_Bk, gate_Bk, ctx, lengths_B), record
 
-    def run(x: Tensor, ctx: Context) -> Tensor:
-        for i, block in enumerate(blocks):
-            x = block(x, ctx, part[i] if part else None)
-        return x
 
-    x, outer = run(x_BTD, ctx), []
+def select(router: Router, k: int, x_BTD: Tensor, ctx: Context, state: LayerState | None) -> Selected:
+    """What `router` selects of x; `k` is the training's capacity, `state` the one that counts for these layers."""
+    r_BT = router(x_BTD)
+    if ctx.decoding:
+        return select_now(r_BT, x_BTD, ctx, state), None
+    if state is not None or not router.training:
+        return select_positive(r_BT, x_BTD, ctx, state)
+    index_Bk = r_BT.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    inside = torch.zeros_like(r_BT).scatter(1, index_Bk, 1.0)
+    aux = router.aux_weight * F.binary_cross_entropy_with_logits(r_BT, inside)
+    agreement = ((r_BT > 0) == (inside > 0)).float().mean()
+    record = torch.stack((aux, agreement.detach(), (r_BT > 0).float().mean()))
+    gate_Bk = r_BT.gather(1, index_Bk).sigmoid().to(x_BTD.dtype)
+    return selection_at(index_Bk, gate_Bk, ctx, None), record
+
+
+class Routed:
+    """Makes a block one that a part of the tokens goes through: `class MoD(Routed, Block)`."""
+
+    routed = True
+
+    def __init__(self, letter: str, config):
+        super().__init__(letter, config)
+        self.capacity = config.mod_capacity
+        self.router = Router(config.dim, AUX_DEPTHS)
+
+    def forward(self, x_BTD: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Record]:
+        k = depth_tokens(self.capacity, x_BTD.size(1))
+        selection, record = select(self.router, k, x_BTD, ctx, state)
+        if selection is None:
+            return x_BTD, record
+        block = super().forward
+        selected_BkD = selection.apply(x_BTD, lambda x, ctx: block(x, ctx, state))
+        return selection.put_back(x_BTD, selected_BkD), record
+
+
+def run_blocks(blocks: Sequence[nn.Module], x_BTD: Tensor, ctx: Context, states: list | None, records: list) -> Tensor:
+    """All blocks one after the other; what the routed ones did is added to `records`."""
+    for i, block in enumerate(blocks):
+        state = states[i] if states else None
+        if block.routed:
+            x_BTD, record = block(x_BTD, ctx, state)
+            records.append((block.router, record))
+        else:
+            x_BTD = block(x_BTD, ctx, state)
+    return x_BTD
+
+
+def recurse(blocks: Sequence[nn.Module], routers: Sequence[Router], x_BTD: Tensor, ctx: Context,
+            states: list | None) -> tuple[Tensor, list[tuple[Router, Record]]]:
+    """All blocks for all tokens, then once more for each router, for the tokens that it selects of those before it
+    -> [B, T, D], and what every router did. States: one for each block of the first recursion, of the second, .."""
+    records: list[tuple[Router, Record]] = []
     tokens = recursion_tokens(len(routers) + 1, x_BTD.size(1))
+    x = run_blocks(blocks, x_BTD, ctx, states and states[: len(blocks)], records)
+    outer = []
     for i, router in enumerate(routers, 1):
         part = states and states[i * len(blocks) : (i + 1) * len(blocks)]
-        pick = select(router, tokens[i], x, ctx, part and part[0])
-        if pick is None:
+        selection, record = select(router, tokens[i], x, ctx, part and part[0])
+        records.append((router, record))
+        if selection is None:
             break  # out once, out for good
-        outer.append((pick, x))
-        x, ctx = pick.apply(x, run), pick.ctx
-    for pick, before in reversed(outer):
-        x = pick.put_back(before, x)
-    return x
+        outer.append((selection, x))
+        x = selection.apply(x, lambda x, ctx, part=part: run_blocks(blocks, x, ctx, part, records))
+        ctx = selection.ctx
+    for selection, before in reversed(outer):
+        x = selection.put_back(before, x)
+    return x, records
 
 
-def summary(depths: Sequence[Router], recursions: Sequence[Router]) -> dict[str, Tensor]:
-    """What the routers of the blocks and of the recursions noted in the last forward, without a sync:
-    - aux_loss: as it is added to the training loss.
+def statistics(depths: Sequence[Router], recursions: Sequence[Router], records: list) -> dict[str, Tensor]:
+    """What the routers of the blocks and of the recursions did in one forward, without a sync; empty without routers:
+    - aux_loss: what training adds to its loss, with its gradient.
     - router_agreement: part of the tokens on which r > 0 agrees with top-k, mean over the routers; NaN in evaluation.
     - routed_fraction: part of the tokens with r > 0, mean over the routed blocks.
-    - mean_depth: recursions of a token under the rule; in training, where top-k decides who goes on, as if that were
-      independent of the next score.
-    """
-    zero = depths[0].weight if depths else recursions[0].weight
-    zero = torch.zeros(4, device=zero.device)
-    rows = [[zero if r.record is None else r.record.detach() for r in routers] for routers in (depths, recursions)]
-    sums = torch.stack(rows[0] + rows[1])
-    means = sums / sums[:, 3:].clamp(min=1)
-    result = {"aux_loss": sums[:, 0].sum(), "router_agreement": means[:, 1].mean()}
+    - mean_depth: recursions of a token under r > 0; in training as if top-k were independent of the next score."""
+    if not records:
+        return {}
+    means, aux_loss = [], 0.0
+    for router in [*depths, *recursions]:
+        calls = [record for owner, record in records if owner is router]  # one a recursion
+        total = sum(calls) if calls else torch.zeros(3, device=router.weight.device)
+        aux_loss = aux_loss + total[0]
+        means.append(total.detach() / max(1, len(calls)))
+    means = torch.stack(means)
+    result = {"aux_loss": aux_loss, "router_agreement": means[:, 1].mean()}
     if depths:
         result["routed_fraction"] = means[: len(depths), 2].mean()
     if recursions:

@@ -1,281 +1,96 @@
-"""The bench measures what it says, its figures agree with each other, and it refuses what it cannot do."""
+"""The bench measures what it says, its figures agree with each other, a table that fails costs no other, and it refuses
+what it cannot do."""
 
 import json
-import math
+import os
+import signal
 import sys
 from importlib import import_module
-from types import SimpleNamespace
+from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
 import bench
-from attention import make_attention
+from accounting import attention_flops, attention_state, count_params, flops_per_token, skeleton, state_bytes
+from attention import GQA, KINDS, Kind
+from bench import Bench, Contestant
 from configurator import UserError
-from model import HydraConfig, count_params, flops_per_token, state_values
+from generate import prefill
+from model import Hydra, HydraConfig
+from routing import layer_tokens
 
-TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--latent_head_dim=0",
-        "--n_layer=3", "--pattern=MCL", "--vocab_size=64",
-        "--mlp_ratio=1", "--prompt_tokens=8", "--new_tokens=4", "--context=16", "--rounds=2"]  # fmt: skip
+TINY = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--latent_head_dim=0", "--n_layer=3",
+        "--pattern=MCL", "--vocab_size=64", "--mlp_ratio=1", "--prompt_tokens=8", "--new_tokens=4", "--context=16",
+        "--rounds=2"]  # fmt: skip
 CPU = torch.device("cpu")
+LETTERS = "".join(KINDS)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Runs the bench at a tiny shape, returns what it stored."""
+def quick(monkeypatch):
+    """Tiny shapes, a machine that does 1 TFLOP/s in every dtype, and no processes: their own test starts some."""
     monkeypatch.setattr(bench, "SHAPES", ((2, 16),))
     monkeypatch.setattr(bench, "LENGTHS", (16, 32, 64))
     monkeypatch.setattr(bench, "MACRO_LENGTHS", (32,))
-    monkeypatch.setattr(bench, "in_child", lambda call, *args, method="": call(*args))  # its own test starts processes
+    monkeypatch.setattr(bench, "in_child", lambda call, *args: call(*args))
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
 
-    def stored(*argv):
-        assert bench.main([*argv[:1], *TINY, *argv[1:], f"--json={tmp_path / 'bench.json'}"]) == 0
-        return json.loads((tmp_path / "bench.json").read_text())
+
+@pytest.fixture
+def run(quick, tmp_path):
+    """Runs the bench at a tiny shape, returns what it stored."""
+
+    def stored(*argv, code=0):
+        path = tmp_path / "bench.json"
+        assert bench.main([*argv[:1], *TINY, *argv[1:], f"--json={path}"]) == code
+        return json.loads(path.read_text())
 
     return stored
 
 
 def small(pattern="MCL", **changes) -> HydraConfig:
-    return HydraConfig(**dict(dim=32, n_head=2, n_kv_head=1, compression=2, latent_head_dim=0,
-                              n_layer=3, vocab_size=64, mlp_ratio=1.0,
-                              pattern=pattern) | changes)  # fmt: skip
+    shape = dict(dim=32, n_head=2, n_kv_head=1, compression=2, latent_head_dim=0, n_layer=3, vocab_size=64,
+                 mlp_ratio=1.0, pattern=pattern)  # fmt: skip
+    return HydraConfig(**shape | changes)
+
+
+def a_bench(config, **more) -> Bench:
+    return Bench(bench.BenchConfig(rounds=2), config, CPU, {"float32": 1e12}, **more)
 
 
 def check(rows: list[dict]) -> None:
     """Every figure of a timed row follows from the others."""
     assert rows
     for row in rows:
-        seconds, (level, name) = row["ms"] / 1e3, (row["level"], row["mix"])
+        seconds, level, name = row["ms"] / 1e3, row["level"], row["mix"]
         assert row["tokens_per_s"] == pytest.approx(row["B"] * row["T"] / seconds)
-        assert row["of_peak"] == pytest.approx(row["tflops"] / row["peak_tflops"]) and row["peak_tflops"] == 1.0
+        assert row["of_peak"] == pytest.approx(row["tflops"])  # of 1 TFLOP/s
         assert row["rounds"] == 2 and row["spread"] >= 0
         if level in ("attention", "macro", "block", "model"):
             assert 0 < row["forward_ms"] and row["forward_x_first"] > 0
             assert row.get("x_first", 1.0) == 1.0 if set(name) == {"A"} else row["x_first"] > 0
-            pattern = "C" if name.startswith("C") and name.endswith("x") else name
-            c = small(pattern, compression=int(name[1:-1])) if pattern != name else small(pattern)
-            flops = bench.step_flops(level, c, row["B"], row["T"])
+            config = small("C", compression=int(name[1:-1])) if name.endswith("x") else small(name)
+            flops = bench.step_flops(level, config, row["B"], row["T"])
             assert row["tflops"] == pytest.approx(flops / seconds / 1e12)
         if row["mode"] == "compiled":
             assert row["compile_s"] > 0 and row["x_eager"] > 0
 
 
-def test_a_ratio_is_of_the_row_to_the_other(monkeypatch):
+# ---- figures
+
+
+def test_a_ratio_is_of_the_row_to_the_other():
     seconds = {"A": 4.0, "C": 1.0, "Zaya": 2.0}
     times = {(name, "eager", what): [s, 3 * s] for name, s in seconds.items() for what in ("step", "forward")}
     times |= {("C", "compiled", "step"): [0.5, 1.0], ("A", "compiled", "step"): [1.0, 4.0]}
-    eager, compiled = (bench.figures(times, "C", mode, "A", 10) for mode in bench.MODES)
-    assert eager["x_first"] == eager["forward_x_first"] == 0.25 and eager["x_zaya"] == 0.5 and "x_eager" not in eager
-    assert eager["x_first_spread"] == 0 and eager["ms"] == 2000 and eager["tokens_per_s"] == 5
+    eager, compiled = (bench.figures(times, "C", mode) for mode in bench.MODES)
+    assert eager["x_first"] == eager["forward_x_first"] == 0.25 and eager["x_zaya"] == 0.5
+    assert "x_eager" not in eager and eager["ms"] == 2000 and eager["rounds"] == 2
     assert compiled["x_eager"] == pytest.approx((0.5 + 1 / 3) / 2) and compiled["x_first"] == 0.375
-    assert compiled["x_first_spread"] == pytest.approx(0.125 / 0.375)
-    assert not any(key.startswith("x_") for key in bench.figures({("C", "eager", "step"): [1.0]}, "C", "eager", "C", 1))
-
-
-def test_what_decoding_is_compared_with_counts_how_much_slower_that_is(monkeypatch):
-    seconds = {"ours": 1.0, "compiled": 0.5, "prefill": 3.0, "uncached": 20.0, "hybrid": 2.0, "MHA": 5.0, "peer": 8.0}
-    monkeypatch.setattr(bench, "in_turns", lambda calls, *_: {name: [seconds[name]] * 2 for name in calls})
-    model, peer = bench.Hydra(small("M")).eval(), torch.nn.Module()
-    b = bench.BenchConfig(prompt_tokens=8, new_tokens=4, context=16)
-    row = bench.decode_row({"ours": model, "compiled": model}, model, peer, 1, b, 1e10)
-    assert row["mha_x"] == 2.5 and row["llama_x_ours"] == 8 and row["llama_x_compiled"] == 16
-    assert row["uncached_x"] == 4 * 20 / (3 + 3 * 1) and row["tokens_per_s"] == 1
-
-
-def test_a_start_is_timed_with_empty_and_with_filled_caches(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
-    monkeypatch.setattr(bench, "first_step", lambda it, compiled, device: 99.0)
-    children = iter([7.0, 3.0, 7.0, None])
-    monkeypatch.setattr(bench, "in_child", lambda call, *args, method: next(children))
-    run = bench.Run("train", small("M"), bench.BenchConfig(rounds=2), CPU, {"float32": 1e12})
-    row, killed = (list(bench.compare(run, {"shape": ("train", small("M"))}, 2, 16, "float32"))[1] for _ in range(2))
-    assert [row[key] + row["ms"] / 1e3 for key in ("compile_s", "warm_s")] == pytest.approx([7, 3])
-    assert "compile_s" in killed and "warm_s" not in killed
-
-
-def test_speed_has_every_subject_in_every_precision(run):
-    result = run("speed", "--only=eager")
-    rows = result["tables"]["speed"]
-    check(rows)
-    assert [(r["level"], r["mix"]) for r in rows if r["dtype"] == "bfloat16"] == [
-        *(("attention", a) for a in "AGMCL"), *(("block", a) for a in "AGMCL"),
-        ("macro", "AAA"), ("macro", "MCL"), ("model", "AAA"), ("model", "MCL")]  # fmt: skip
-    assert len(rows) == 28 and result["torch"] == torch.__version__ and "dim = 32" in result["config"]
-    assert result["cpu"] and result["threads"] >= 1 and result["seed"] == 1337 and result["date"] and result["git"]
-
-
-@pytest.mark.slow
-def test_compiled_rows_have_their_compilation_apart(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e10)
-    run = bench.Run("speed", small(), bench.BenchConfig(rounds=2), CPU, {"float32": 1e12})
-    rows = list(bench.compare(run, {"A": ("attention", small("A"))}, 2, 16, "float32"))
-    assert [(r["mix"], r["mode"]) for r in rows] == [("A", mode) for mode in bench.MODES]
-    check(rows)
-    assert all(r["compile_s"] > 20 * r["ms"] / 1e3 for r in rows if r["mode"] == "compiled")
-
-
-def test_length_fits_an_exponent_for_every_letter(run):
-    rows = run("length", "--only=eager")["tables"]["length"]
-    fits = [r for r in rows if r["level"] == "fit"]
-    assert {(r["mix"], r["dtype"]) for r in fits} == {(a, d) for a in "AGMCL" for d in bench.DTYPES}
-    assert all((r["from_T"], r["to_T"]) == (16, 64) for r in fits)
-    check([r for r in rows if r["level"] != "fit"])
-    assert {r["T"] for r in rows if r["level"] == "macro"} == {32}
-    chosen = {r["T"]: r["ms"] for r in rows if (r["level"], r["mix"], r["dtype"]) == ("attention", "C", "float32")}
-    fit = next(r["exponent"] for r in fits if (r["mix"], r["dtype"]) == ("C", "float32"))
-    assert fit == pytest.approx(bench.exponent(list(chosen), list(chosen.values())))
-
-
-def test_the_exponent_of_a_power_is_found():
-    lengths = [256, 512, 1024, 8192]
-    assert bench.exponent(lengths, [3e-9 * n**1.7 for n in lengths]) == pytest.approx(1.7)
-
-
-def test_train_is_rated_by_its_parameters(run, monkeypatch, tmp_path):
-    (tmp_path / "tiny.toml").write_text("dim = 32\nn_head = 2\nn_kv_head = 1\nn_layer = 1\npattern = 'A'\n"
-                                        "vocab_size = 64\nblock_size = 8\nbatch_size = 3\n")  # fmt: skip
-    (tmp_path / "small.toml").write_text("")
-    monkeypatch.setattr(bench, "CONFIGS", tmp_path)
-    rows = run("train", "--only=eager")["tables"]["train"]
-    check(rows)
-    assert [(r["mix"], r["B"], r["T"]) for r in rows] == [("tiny", 3, 8)] * 2 + [("shape", 4, 256)] * 2
-    for row in rows[2:]:
-        assert row["tflops"] == pytest.approx(6 * count_params(small()) * row["tokens_per_s"] / 1e12)
-
-
-def test_a_train_step_moves_the_weights():
-    it = bench.Contestant("train", small(), 2, 16, CPU, "float32")
-    before = [p.detach().clone() for p in it.leaves]
-    it.step()
-    assert all((a != b).any() for a, b in zip(before, it.leaves, strict=True))
-    assert all(p.grad is None for p in it.leaves)
-
-
-def test_compression_relates_latent_parameters_and_cache(run):
-    rows = run("compression", "--only=eager")["tables"]["compression"]
-    check(rows)
-    assert [(r["mix"], r["latent"]) for r in rows[:4]] == [("A", 32), ("C2x", 16), ("C4x", 8), ("C8x", 4)]
-    for row in rows[1:4]:
-        c = small("C", compression=int(row["mix"][1]))
-        assert row["params"] == sum(p.numel() for p in make_attention("C", c).parameters())
-        assert row["kv_bytes"] == 2 * state_values(c, "C") and row["step_mb"] > 0
-
-
-def test_the_flops_table_equals_the_counter(run):
-    rows = run("flops")["tables"]["flops"]
-    assert [r["mix"] for r in rows] == [*"AGMCL", "hybrid"]
-    for row in rows:
-        assert row["counted"] == row["formula"]
-        assert {"of_attn_512", "of_layer_1024", "of_attn_8192", "of_kv", "report_claims"} <= row.keys()
-    assert rows[0]["of_layer_512"] == rows[0]["of_kv"] == 1 and "62%" in rows[3]["report_claims"]
-
-
-def test_the_percentages_of_the_small_shape():
-    c = HydraConfig(vocab_size=50257, dim=768, n_head=12, n_kv_head=3, n_layer=24, mlp_ratio=3.0, latent_head_dim=0)
-    row = next(r for r in bench.flops(bench.Run("flops", c, bench.BenchConfig(), CPU, {})) if r["mix"] == "C")
-    assert [round(row[f"of_layer_{T}"], 3) for T in (512, 1024, 8192)] == [0.718, 0.696, 0.520]
-
-
-def test_memory_has_every_subject_and_the_naive_path(run):
-    rows = run("memory")["tables"]["memory"]
-    assert [(r["level"], r["mix"]) for r in rows[:2]] == [("naive", "naive"), ("train", "ours")]
-    assert len(rows) == 4 + 28
-    for row in rows:
-        assert row["step_mb"] == pytest.approx(row["peak_mb"] - row["base_mb"]) and row["saved_mb"] > 0
-
-
-def allocate(megabytes: int) -> dict:
-    return bench.peak_of(lambda: torch.ones(megabytes * 2**18).sum(), CPU)
-
-
-def test_a_process_of_its_own_sees_what_is_allocated_there():
-    torch.ones(300 * 2**18)  # this process's peak is not the child's
-    few, many = bench.in_child(allocate, 8), bench.in_child(allocate, 208)
-    assert many["step_mb"] - few["step_mb"] == pytest.approx(200 * 2**20 / 1e6, rel=0.05)
-    assert few["step_mb"] < 30 < few["base_mb"]
-    assert many["peak_mb"] - many["base_mb"] == pytest.approx(many["step_mb"])
-
-
-def die() -> None:
-    import os
-    import signal
-
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_process_is_a_row_left_out(run, monkeypatch):
-    monkeypatch.setattr(bench, "in_child", lambda call, *args: None)
-    rows = run("memory", "--only=naive float32")["tables"]["memory"]
-    assert [row["mix"] for row in rows if "killed" in row["left_out"]] == ["naive", "ours"]
-    monkeypatch.undo()
-    assert bench.in_child(die) is None
-
-
-def test_saved_bytes_are_distinct_storages_without_the_weights():
-    w, x = torch.ones(4, 4, requires_grad=True), torch.ones(8, 4, requires_grad=True)
-    double = torch.float64.itemsize * 8 * 4
-
-    def forward():  # x.double() is saved by two products, w is a weight
-        y = x.double()
-        return (y * y).sum() + (y * y).sum() + (x @ w).sum()
-
-    assert bench.saved_bytes(forward, [w]) == double + x.nbytes
-
-
-@pytest.mark.parametrize("pattern", ["A", "G", "M", "C", "L"])
-def test_the_naive_path_has_the_same_parameters(pattern):
-    ours, naive = (bench.Contestant(level, small(pattern), 2, 16, CPU, "float32") for level in ("train", "naive"))
-    assert sum(p.numel() for p in naive.leaves) == sum(p.numel() for p in ours.leaves) == count_params(small(pattern))
-    assert naive.forward().isfinite()
-    naive.step()
-
-
-def test_the_naive_path_saves_more(monkeypatch):
-    monkeypatch.setattr(bench, "MAX_LOGITS", 2**6)
-    monkeypatch.setattr(bench.accounting, "MAX_LOGITS", 0)  # set by `measure`, set back at the end of this test
-    c = small(vocab_size=512)
-    ours, naive = (bench.measure(level, c, 4, 64, CPU, "float32")["saved_mb"] for level in ("train", "naive"))
-    logits, gradient = 4 * 64 * 512, 512 * 32  # ours saves the head's gradient in place of the logits
-    gated = 4 * 64 * 3 * 2 * c.mlp_hidden  # silu(gate) and its product with up, of each layer
-    normed = 4 * 64 * (7 * 32 + 32 + 16 + 2 * 16)  # of blocks and trunk, of the heads, of the latent of L
-    assert naive - ours == pytest.approx(4 * (logits - gradient + gated + normed) / 1e6, rel=0.01)
-    assert bench.accounting.MAX_LOGITS == sys.maxsize
-
-
-def test_rows_that_do_not_fit_are_listed_with_the_reason(run, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "available", lambda device: 1e3)
-    rows = run("speed", "--only=eager")["tables"]["speed"]
-    assert len(rows) == 8 and all("GB of memory" in r["left_out"] for r in rows)
-    reason = "left out, more than the 0.0 GB of memory that are free: attention A G M C L 2 16 float32;"
-    assert reason in capsys.readouterr().out
-
-
-def test_the_short_run_lists_what_it_has_no_time_for(run, monkeypatch):
-    monkeypatch.setattr(bench, "SHORT", dict.fromkeys(bench.TABLES, 0))
-    tables = run()["tables"]
-    assert list(tables) == list(bench.TABLES)
-    for name, rows in tables.items():
-        assert name == "flops" or all(f"python bench.py {name} has it" in r["left_out"] for r in rows)
-    assert len(tables["speed"]) == 8 + 1 and tables["speed"][-1]["mode"] == "compiled"
-
-
-def test_decode_measures_every_dtype_and_batch(run):
-    rows = run("decode", "--pattern=M")["tables"]["decode"]
-    assert [(r["dtype"], r["B"]) for r in rows] == [(d, B) for d in bench.DTYPES for B in (1, 8)]
-    for row in rows:
-        assert row["tokens_per_s"] == pytest.approx(row["B"] / row["ms"] * 1e3)
-        assert all(row[k] > 0 for k in ("gb_per_s", "of_copy", "uncached_x", "mha_x"))
-        assert ("compiled_ms" in row) == (row["B"] == 1)  # on a CPU
-        if row["B"] == 1:
-            assert row["of_copy"] * row["ms"] == pytest.approx(row["compiled_of_copy"] * row["compiled_ms"])
-        read = 1e6 * row["gb_per_s"] * row["ms"]  # bytes of a step
-        itemsize = bench.DTYPES[row["dtype"]].itemsize
-        c = small("M")
-        assert read == pytest.approx(itemsize * (count_params(c) + row["B"] * state_values(c, "M") * 3 * 10))
+    alone = bench.figures({("C", "eager", "step"): [1.0]}, "C", "eager")
+    assert alone["x_first"] == 1 and "x_zaya" not in alone
 
 
 def test_turns_are_interleaved_after_one_that_is_not_counted():
@@ -288,9 +103,227 @@ def test_turns_are_interleaved_after_one_that_is_not_counted():
     assert bench.spread([1.0, 2.0, 3.0]) == 0.5 and bench.spread([1.0]) == 0
 
 
-def test_forced_routers_pick_their_part():
-    c = small(mod_capacity=0.125, mor_recursions=3)
-    net = bench.Hydra(c).eval()
+# ---- the tables
+
+
+def test_speed_has_every_subject_in_every_precision(run):
+    result = run("speed", "--only=eager")
+    rows = result["tables"]["speed"]
+    check(rows)
+    assert [(r["level"], r["mix"]) for r in rows if r["dtype"] == "bfloat16"] == [
+        *(("attention", a) for a in LETTERS), *(("block", a) for a in LETTERS),
+        ("macro", "AAA"), ("macro", "MCL"), ("model", "AAA"), ("model", "MCL")]  # fmt: skip
+    assert len(rows) == 2 * (2 * len(LETTERS) + 4)
+    assert result["torch"] == torch.__version__ and "dim = 32" in result["config"]
+    assert result["cpu"] and result["threads"] >= 1 and result["seed"] == 1337 and result["date"] and result["git"]
+
+
+def test_a_letter_of_the_user_is_measured(run, monkeypatch):
+    monkeypatch.setitem(KINDS, "X", Kind(lambda c: GQA(c, 1), 1.0, GQA.check, "one more"))
+    rows = run("speed", "--only=eager attention float32")["tables"]["speed"]
+    assert [r["mix"] for r in rows if "ms" in r] == [*LETTERS, "X"]
+    rows = run("length", "--only=eager float32")["tables"]["length"]
+    assert {r["mix"] for r in rows if r.get("T") == 64 and "ms" in r} == {*LETTERS, "X"}
+    assert [r["mix"] for r in run("flops")["tables"]["flops"]] == [*LETTERS, "X", "hybrid"]
+
+
+def test_a_letter_that_the_shape_cannot_have_is_left_out(run):
+    result = run("speed", "--pattern=M", "--latent_ratio=0.3", "--only=eager attention float32")
+    assert [r["mix"] for r in result["tables"]["speed"] if "ms" in r] == [a for a in LETTERS if a != "L"]
+    assert [note for note in result["notes"] if note.startswith("L is left out") and "latent_ratio" in note]
+
+
+@pytest.mark.slow
+def test_compiled_rows_have_their_compilation_apart(quick):
+    rows = list(bench.compare(a_bench(small()), {"A": ("attention", small("A"))}, 2, 16, "float32"))
+    assert [(r["mix"], r["mode"]) for r in rows] == [("A", mode) for mode in bench.MODES]
+    check(rows)
+    assert all(r["compile_s"] > 20 * r["ms"] / 1e3 for r in rows if r["mode"] == "compiled")
+
+
+def test_length_has_every_letter_at_every_length(run):
+    rows = run("length", "--only=eager")["tables"]["length"]
+    check(rows)
+    found = {(r["mix"], r["dtype"], r["T"]) for r in rows if r["level"] == "attention"}
+    assert found == set(product(LETTERS, bench.DTYPES, (16, 32, 64)))
+    assert {(r["mix"], r["T"]) for r in rows if r["level"] == "macro"} == {("AAA", 32), ("MCL", 32)}
+
+
+def test_train_is_rated_by_three_forwards(run, monkeypatch, tmp_path):
+    (tmp_path / "tiny.toml").write_text("dim = 32\nn_head = 2\nn_kv_head = 1\nn_layer = 1\npattern = 'A'\n"
+                                        "vocab_size = 64\nblock_size = 8\nbatch_size = 3\n")  # fmt: skip
+    (tmp_path / "small.toml").write_text("")
+    monkeypatch.setattr(bench, "CONFIGS", tmp_path)
+    rows = run("train", "--only=eager")["tables"]["train"]
+    check(rows)
+    assert [(r["mix"], r["B"], r["T"]) for r in rows] == [("tiny", 3, 8)] * 2 + [("shape", 4, 256)] * 2
+    for row in rows[2:]:
+        flops = 3 * flops_per_token(small(), 256) * row["tokens_per_s"]
+        assert row["tflops"] == pytest.approx(flops / 1e12)
+
+
+def test_a_training_step_moves_the_weights():
+    it = Contestant("train", small(), 2, 16, CPU, "float32")
+    before = [p.detach().clone() for p in it.leaves]
+    it.step()
+    assert all((a != b).any() for a, b in zip(before, it.leaves, strict=True))
+    assert all(p.grad is None for p in it.leaves)
+
+
+def test_compression_relates_parameters_and_cache(run):
+    rows = run("compression", "--only=eager float32")["tables"]["compression"]
+    timed = [r for r in rows if "ms" in r]
+    check(timed)
+    assert [r["mix"] for r in timed] == ["A", "C2x", "C4x", "C8x"]
+    for row in timed[1:]:
+        attn = skeleton(small("C", n_layer=1, compression=int(row["mix"][1]))).blocks[0].attn
+        assert row["params"] == count_params(attn) and row["kv_bytes"] == 2 * 2 * attn.kappa
+
+
+def test_flops_are_a_part_of_the_baseline(run):
+    rows = run("flops")["tables"]["flops"]
+    assert [r["mix"] for r in rows] == [*LETTERS, "hybrid"]
+    assert {rows[0][key] for key in rows[0] if key.startswith("of_")} == {1}
+    for row in rows:
+        assert {"of_attn_512", "of_layer_1024", "of_attn_8192", "of_kv", "params", "kv_bytes"} <= row.keys()
+    attns = [skeleton(small(letter, n_layer=1)).blocks[0].attn for letter in "MCLA"]
+    each = [attention_flops(attn, 512) for attn in attns]
+    assert rows[-1]["of_attn_512"] == pytest.approx(sum(each[:3]) / 3 / each[3])
+    added = [attention_state(attn, 9) - attention_state(attn, 8) for attn in attns]
+    assert rows[-1]["kv_bytes"] == round(2 * sum(added[:3]) / 3)
+
+
+def test_the_percentages_of_the_small_shape():
+    config = HydraConfig(vocab_size=50257, dim=768, n_head=12, n_kv_head=3, n_layer=24, mlp_ratio=3.0,
+                         latent_head_dim=0, window=1)  # fmt: skip
+    rows = {row["mix"]: row for row in bench.flops_table(a_bench(config))}
+    assert [round(rows["C"][f"of_layer_{T}"], 3) for T in (512, 1024, 8192)] == [0.718, 0.696, 0.520]
+    assert [rows[mix]["kv_bytes"] for mix in "AGMCL"] == [3072, 768, 256, 192, 800]  # however little a window sees
+
+
+def test_memory_has_every_letter_and_a_training_step(run):
+    rows = run("memory")["tables"]["memory"]
+    assert [(r["level"], r["mix"]) for r in rows[:2]] == [("train", "shape")] * 2
+    assert [(r["level"], r["mix"]) for r in rows[2:]] == [("attention", a) for a in LETTERS] * 2
+    for row in rows:
+        assert row["step_mb"] == pytest.approx(row["peak_mb"] - row["base_mb"])
+
+
+class Allocation:
+    def __init__(self, megabytes: int):
+        self.batch = torch.ones(300 * 2**18)  # what is there before the step is not its peak
+        self.step = lambda: torch.ones(megabytes * 2**18).sum()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_of_its_own_sees_what_is_allocated_there():
+    torch.ones(300 * 2**18)  # this process's peak is not the child's
+    few, many = (bench.in_child(bench.peak_of, Allocation, n) for n in (8, 208))
+    assert many["step_mb"] - few["step_mb"] == pytest.approx(200 * 2**20 / 1e6, rel=0.05)
+    assert few["step_mb"] < 30 < 300 < few["base_mb"]
+    assert many["peak_mb"] - many["base_mb"] == pytest.approx(many["step_mb"])
+    assert bench.in_child(die) is None
+
+
+def test_a_killed_process_is_a_row_left_out(run, monkeypatch):
+    monkeypatch.setattr(bench, "in_child", lambda call, *args: None)
+    rows = run("memory", "--only=shape float32")["tables"]["memory"]
+    assert [row["mix"] for row in rows if "killed" in row["left_out"]] == ["shape"]
+
+
+def test_rows_that_do_not_fit_are_listed_with_the_reason(run, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "free_memory", lambda device: 1e3)
+    rows = run("speed", "--only=eager")["tables"]["speed"]
+    assert len(rows) == 8 and all("GB of memory" in r["left_out"] for r in rows)
+    reason = "left out, more than the 0.0 GB of memory that are free: attention A G M C L 2 16 float32\n"
+    assert reason in capsys.readouterr().out
+
+
+def test_the_short_run_lists_what_it_has_no_time_for(run, monkeypatch):
+    monkeypatch.setattr(bench, "SHORT_SECONDS", 0)
+    tables = run()["tables"]
+    assert list(tables) == list(bench.TABLES)
+    for name, rows in tables.items():
+        assert name == "flops" or all("no time in the short run" in r["left_out"] for r in rows)
+    assert len(tables["speed"]) == 8
+
+
+# ---- generation and routing
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(bench, "compile_decoding", lambda model: None)
+
+
+def test_decode_measures_every_dtype_and_batch(run, uncompiled):
+    rows = run("decode", "--pattern=M")["tables"]["decode"]
+    ways = [("decode", "compiled"), ("prefill", "eager"), ("uncached", "eager"), ("ours", "eager"), ("MHA", "eager")]
+    expected = []
+    for dtype, B in product(bench.DTYPES, (1, 8)):
+        # on a CPU a compiled step is for a single text
+        expected += [(dtype, B, "decode", "eager"), *((dtype, B, *way) for way in ways[B == 8 :])]
+    assert [(r["dtype"], r["B"], r["mix"], r["mode"]) for r in rows] == expected
+    for row in rows:
+        assert row["T"] == (16 if row["mix"] in ("ours", "MHA") else 10)
+        if row["level"] == "decode":
+            assert row["tokens_per_s"] == pytest.approx(row["B"] / row["ms"] * 1e3)
+        if row["mix"] == "decode":
+            itemsize = bench.DTYPES[row["dtype"]].itemsize
+            read = itemsize * count_params(small("M")) + row["B"] * state_bytes(small("M"), 10, itemsize)
+            assert 1e6 * row["gb_per_s"] * row["ms"] == pytest.approx(read)
+            assert row["of_copy"] == pytest.approx(row["gb_per_s"] / 10)  # of the 1e10 of `quick`
+
+
+def test_decoding_is_compared_by_how_much_slower_the_others_are(run, uncompiled, monkeypatch):
+    """What the rounds take, by contestant: a step of decoding is CYCLE tokens."""
+    seconds = {"decode": bench.CYCLE * 1.0, "ours": bench.CYCLE * 1.0, "MHA": bench.CYCLE * 5.0, "prefill": 3.0,
+               "uncached": 20.0}  # fmt: skip
+    monkeypatch.setattr(bench, "in_turns", lambda calls, *_: {key: [seconds[key[0]]] * 2 for key in calls})
+    rows = {r["mix"]: r for r in run("decode", "--only=1 float32 eager")["tables"]["decode"] if "ms" in r}
+    assert rows["decode"]["ms"] == rows["ours"]["ms"] == 1000 and rows["MHA"]["mha_x"] == 5
+    assert rows["uncached"]["uncached_x"] == 4 * 20 / (3 + 3 * 1)
+
+
+def test_decode_has_compiled_rows_alone(run, uncompiled):
+    rows = [r for r in run("decode", "--only=compiled float32")["tables"]["decode"] if "ms" in r]
+    assert [(r["mix"], r["mode"], r["B"]) for r in rows] == [("decode", "compiled", 1)]
+
+
+@pytest.mark.parametrize("breaks", ["reorder", "capabilities"])
+def test_decode_works_where_weights_cannot_be_packed(breaks, run, uncompiled, monkeypatch, capsys):
+    def refuse(*_):
+        raise RuntimeError("could not create a primitive\nmore")
+
+    if breaks == "reorder":
+        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    result = run("decode", "--pattern=M")
+    assert len([row for row in result["tables"]["decode"] if row["ms"] > 0]) == 22
+    said = [note for note in result["notes"] if "plain weights are measured" in note]
+    if breaks == "reorder":
+        assert len(said) == 2 and all("could not create a primitive" in note for note in said)  # one for each dtype
+    output = capsys.readouterr().out
+    assert all(output.count(note) == 1 for note in said)
+
+
+def test_routing_says_that_it_measures_plain_weights(run, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    monkeypatch.setattr(bench, "ROUTED_T", 32)
+    result = run("routing", "--pattern=M", "--only=prefill float32")
+    assert [row["mix"] for row in result["tables"]["routing"] if "ms" in row] == ["dense", "mod0.125", "mod0.5"]
+    assert len(result["notes"]) == 1 and "plain weights are measured" in result["notes"][0]
+
+
+def test_forced_routers_select_their_part():
+    net = Hydra(small(mod_capacity=0.125, mor_recursions=3)).eval()
     bench.force_routers(net)
     routers = [*net.depth_routers, *net.recursion_routers]
     for router, share in zip(routers, [1 / 8, 2 / 3, 1 / 2], strict=True):
@@ -298,14 +331,47 @@ def test_forced_routers_pick_their_part():
         assert sum((router(torch.zeros(1, 1, 32)) > 0).item() for _ in range(bench.CYCLE)) == bench.CYCLE * share
 
 
-def test_decoding_is_timed_behind_a_past_of_routed_tokens():
-    net = bench.Hydra(small(mod_capacity=0.25, mor_recursions=2)).eval()
+def test_decoding_is_timed_behind_a_past_of_routed_tokens(monkeypatch):
+    net = Hydra(small(mod_capacity=0.25, mor_recursions=2)).eval()
     bench.force_routers(net)
     seen = []
-    net.decode = lambda token, state: seen.append([layer.get("count", state.pos_B).item() for layer in state.layers])
-    step = bench.decoder(net, 1, 64)
-    step(), step()
-    assert seen == [[64, 16, 64, 32, 8, 32]] * 2
+    real = bench.decode
+
+    def decode(model, token, state):
+        seen.append([state.tokens, *(layer.get("count", state.pos_B).item() for layer in state.layers)])
+        return real(model, token, state)
+
+    monkeypatch.setattr(bench, "decode", decode)
+    monkeypatch.setattr(bench, "CYCLE", 2)
+    step = torch.no_grad()(bench.decoder(net, 1, 64))
+    step()
+    step()
+    assert seen == [[64, *layer_tokens(net.config, 64)]] * 4 == [[64, 64, 16, 64, 32, 8, 32]] * 4
+
+
+def test_a_prefill_is_timed_at_the_routers_capacity(monkeypatch):
+    """Into a new state each time, with as many tokens in each layer as training has."""
+    states = []
+
+    def prefill_into(model, prompts, state):
+        states.append(state)
+        return prefill(model, prompts, state)
+
+    monkeypatch.setattr(bench, "prefill", prefill_into)
+    config = small(mod_capacity=0.25)
+    it = Contestant("prefill", config, 2, 64, CPU, "float32")
+    it.step()
+    it.step()
+    assert len(states) == 2 and all(state.tokens == 64 for state in states)
+    for state in states:
+        assert [layer["count"].tolist() for layer in state.layers if "count" in layer] == [[16, 16]]
+
+
+def test_flops_of_a_prefill_have_one_head():
+    config = small()
+    head = 2 * config.dim * config.vocab_size
+    found = bench.step_flops("prefill", config, 2, 64)
+    assert found == pytest.approx(2 * (64 * (flops_per_token(config, 64) - head) + head))
 
 
 def test_routing_sets_times_next_to_flops(run, monkeypatch):
@@ -313,186 +379,42 @@ def test_routing_sets_times_next_to_flops(run, monkeypatch):
     rows = run("routing", "--n_layer=6")["tables"]["routing"]
     names = ["dense", "mod0.125", "mod0.5", "mor3", "mod0.125+mor3"]
     assert [(r["level"], r["dtype"], r["mix"]) for r in rows] == [
-        (level, dtype, name) for level in ("step", "eval", "decode") for dtype in reversed(bench.DTYPES)
+        (level, dtype, name) for level in ("train", "prefill", "decode") for dtype in reversed(bench.DTYPES)
         for name in names]  # fmt: skip
     dense = small(n_layer=6)
     for row in rows:
-        assert row["tokens_per_s"] == pytest.approx(bench.step_tokens(row["level"], 1, 64) / row["ms"] * 1e3)
-        T = 128 if row["level"] == "decode" else 64
+        level = row["level"]
+        tokens = 1 if level == "decode" else 64
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["ms"] * 1e3)
         if row["mix"] == "mod0.125":
             routed = small(n_layer=6, mod_capacity=0.125)
-            expected = flops_per_token(routed, T) / flops_per_token(dense, T)
-            assert row["flops_x_first"] == pytest.approx(expected) and 0 < row["x_first"]
+            expected = bench.step_flops(level, routed, 1, 64) / bench.step_flops(level, dense, 1, 64)
+            assert row["flops_x_first"] == pytest.approx(expected) and expected < 1 and 0 < row["x_first"]
         if row["mix"] == "dense":
             assert row["x_first"] == row["flops_x_first"] == 1
-            texts = {"step": 3, "eval": 1, "decode": 24 / 64}[row["level"]]
-            expected = texts * 64 * flops_per_token(dense, T)
+        if row["mix"] == "dense" and level != "prefill":
+            expected = flops_per_token(dense, 128) if level == "decode" else 3 * 64 * flops_per_token(dense, 64)
             assert row["tflops"] * row["ms"] == pytest.approx(expected / 1e9)
 
 
 def test_routing_compiled_is_a_training_step(run, monkeypatch):
     monkeypatch.setattr(bench, "ROUTED_T", 32)
-    monkeypatch.setattr(bench, "first_step", lambda it, compiled, device: 99.0)
+    monkeypatch.setattr(bench.machine, "compile_blocks", lambda blocks: None)
     rows = run("routing", "--pattern=M", "--n_layer=2", "--mod_capacity=0.5", "--only=compiled float32")
     rows = [r for r in rows["tables"]["routing"] if "ms" in r]
-    assert [(r["level"], r["mode"], r["mix"]) for r in rows] == [("step", "compiled", n) for n in ("dense", "routed")]
+    assert [(r["level"], r["mode"], r["mix"]) for r in rows] == [("train", "compiled", n) for n in ("dense", "routed")]
 
 
 def test_a_given_routing_is_set_against_its_dense_shape(run, tmp_path):
     """Whether an option or a file gives it; dense has as many layers as a token can meet."""
     (tmp_path / "routed.toml").write_text("mor_recursions = 2\n")
-    expected = flops_per_token(small(mor_recursions=2), 1024) / flops_per_token(small(n_layer=6), 1024)
+    shapes = small(mor_recursions=2), small(n_layer=6)
+    routed, dense = (bench.step_flops("prefill", shape, 1, 1024) for shape in shapes)
     for given in ("--mor_recursions=2", str(tmp_path / "routed.toml")):
-        rows = run("routing", given, "--only=eval float32")["tables"]["routing"]
+        rows = run("routing", given, "--only=prefill float32")["tables"]["routing"]
         assert [r["mix"] for r in rows if "ms" in r] == ["dense", "routed"]
-        routed = next(r for r in rows if r["mix"] == "routed")
-        assert routed["flops_x_first"] == pytest.approx(expected) and expected < 1
-
-
-# the older report's rows that were not paged to disk: parameters in millions, its "MoD prob", its ms/step
-REPORT = ([100.5, 216.3, 569.6, 926.8, 1194.8, 1420.4], [0.808, 0.787, 0.759, 0.779, 0.847, 0.798],
-          [150, 241, 323, 451, 731, 536])  # fmt: skip
-
-
-def test_the_fit_of_the_older_report():
-    x = [math.log(p) for p in REPORT[0]]
-    fraction = bench.fit(x, [bench.logit(p) for p in REPORT[1]])
-    assert not fraction.sloped and abs(fraction.slope) < 2 * fraction.error
-    middle, low, high = map(bench.logistic, fraction.predict(math.log(7200)))
-    assert [middle, low, high] == pytest.approx([0.798, 0.627, 0.914], abs=5e-4)
-    time = bench.fit(x, [math.log(ms) for ms in REPORT[2]])
-    assert time.sloped and time.slope == pytest.approx(0.53, abs=0.005)
-    middle, low, high = map(math.exp, time.predict(math.log(7200)))
-    assert low < middle < high < 47527 / 4
-    near, far = (time.predict(math.log(p)) for p in (500, 7200))
-    assert far[2] - far[1] > 1.4 * (near[2] - near[1])
-
-
-def test_a_slope_without_significance_is_a_constant():
-    x = [0.0, 1.0, 2.0, 3.0]
-    assert bench.fit(x, [1.0, 3.0, 5.0, 7.1]).sloped and not bench.fit(x, [1.0, 9.0, 2.0, 7.0]).sloped
-    assert not bench.fit(x[:3], [1.0, 3.0, 6.5]).sloped  # three points: the error of the slope is hardly known
-    assert bench.fit(x, [2.0] * 4).predict(99.0) == (2.0, 2.0, 2.0)
-
-
-@pytest.fixture
-def scales(tmp_path, monkeypatch):
-    """Five tiny presets; the memory is enough for four."""
-    (tmp_path / "small.toml").write_text("")
-    for i, dim in enumerate((32, 48, 64, 96, 512)):
-        (tmp_path / f"scale_{i}.toml").write_text(
-            f"dim = {dim}\nn_head = 2\nn_kv_head = 1\nlatent_head_dim = 0\npattern = 'MC'\nn_layer = 2\n"
-            f"mod_capacity = 0.5\nmor_recursions = {3 + i % 2}\nvocab_size = 64\nblock_size = 32\n")  # fmt: skip
-    monkeypatch.setattr(bench, "CONFIGS", tmp_path)
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
-    monkeypatch.setattr(bench, "SCALING_T", 32)
-    monkeypatch.setattr(bench, "available", lambda device: 20e6)
-    tokens = np.random.default_rng(0).integers(0, 64, 4096).astype(np.uint16)
-    corpus = SimpleNamespace(train=tokens, val=tokens, enc=SimpleNamespace(n_vocab=64))
-    monkeypatch.setattr(bench, "prepare", lambda *_: corpus)
-
-    def stored(*argv):
-        assert bench.main(["scaling", "--rounds=2", f"--json={tmp_path / 'b.json'}", *argv]) == 0
-        return json.loads((tmp_path / "b.json").read_text())["tables"]["scaling"]
-
-    return stored
-
-
-def test_scaling_measures_what_fits_and_predicts_the_rest(scales, capsys):
-    rows = scales()
-    measured, left_out = [r for r in rows if "steps" in r], [r for r in rows if "left_out" in r]
-    assert [r["mix"] for r in measured] == ["scale_0", "scale_1", "scale_2", "scale_3"]
-    for i, row in enumerate(measured):
-        assert 0 <= row["routed_fraction"] <= 1 and 1 <= row["mean_depth"] <= 3 + i % 2
-        assert row["params"] > 0 and row["ms_per_token"] > 0 and row["steps"] == 3
-    assert [r["mix"] for r in left_out] == ["scale_4"] and "GB of memory" in left_out[0]["left_out"]
-    fits = {r["mix"]: r for r in rows if r["level"] == "fit"}
-    assert fits.keys() == {"ms_per_token", "routed_fraction", "recursing"}
-    assert all(r["form"] in ("line", "constant") and r["measured"] == 4 for r in fits.values())
-    (row,) = [r for r in rows if r["level"] == "predicted"]
-    c = HydraConfig(dim=512, n_head=2, n_kv_head=1, latent_head_dim=0, pattern="MC", n_layer=2, mod_capacity=0.5,
-                    mor_recursions=3, vocab_size=64)  # fmt: skip
-    assert row["params"] == count_params(c) and "beyond 3x" in row["note"]
-    for key, top in (("routed_fraction", 1), ("mean_depth", 3), ("ms_per_token", math.inf)):
-        assert 0 <= row[f"{key}_low"] <= row[key] <= row[f"{key}_high"] <= top
-    assert "a guess" in capsys.readouterr().out
-
-
-def test_scaling_where_everything_fits_predicts_nothing(scales, monkeypatch):
-    monkeypatch.setattr(bench, "available", lambda device: 1e12)
-    monkeypatch.setattr(bench, "SCALING_SECONDS", 1e9)
-    rows = scales()
-    assert len([r for r in rows if "steps" in r]) == 5 and {r["level"] for r in rows} == {"scaling", "fit"}
-
-
-def test_scaling_needs_three_shapes_to_predict(scales, monkeypatch):
-    monkeypatch.setattr(bench, "available", lambda device: 1e6)
-    rows = scales()
-    assert len([r for r in rows if "steps" in r]) < 3 and "three measured shapes" in rows[-1]["left_out"]
-
-
-def test_scaling_is_drawn(scales, tmp_path):
-    pytest.importorskip("matplotlib", reason="charts are optional: pip install matplotlib")
-    scales(f"--plot={tmp_path}", "--mod_capacity=0")  # a panel stays empty
-    (tmp_path / "scaling.png").unlink()
-    scales(f"--plot={tmp_path}")
-    assert (tmp_path / "scaling.png").stat().st_size > 10000
-
-
-def test_extremes_of_a_fraction_can_be_fitted():
-    assert bench.to_fit("ms_per_token", 2.0) == math.log(2)
-    none, all_ = bench.to_fit("routed_fraction", 0.0), bench.to_fit("recursing", 1.0)
-    assert none == pytest.approx(-all_) and none < -4
-    assert bench.logistic(bench.logit(0.3)) == pytest.approx(0.3) and bench.logistic(-1e5) == 0
-
-
-def test_scaling_of_dense_shapes_and_of_some(scales, monkeypatch):
-    rows = scales("--mor_recursions=1", "--mod_capacity=0")
-    assert [r["mix"] for r in rows if r["level"] == "fit"] == ["ms_per_token"]
-    assert not any({"mean_depth", "routed_fraction"} & r.keys() for r in rows)
-    with pytest.raises(UserError, match="no row of scaling"):
-        scales("--only=nothing")
-    monkeypatch.setattr(bench, "SCALING_SECONDS", 0)
-    assert ["more than 0 s on a CPU" in r["left_out"] for r in scales("--only=scale_1") if r["mix"] == "scale_1"][0]
-
-
-def test_a_loss_that_is_not_finite_is_no_measurement(scales, monkeypatch):
-    real = bench.Contestant.forward
-    monkeypatch.setattr(bench.Contestant, "forward", lambda self: real(self) * (1 if self.net.training else math.nan))
-    rows = scales()
-    assert all("left_out" in r for r in rows) and "not finite" in rows[0]["left_out"]
-
-
-@pytest.mark.parametrize("args, words", [
-    (["speeds"], "unknown table .speeds.: use speed, memory"), (["decode", "--rounds=0"], "rounds=0"),
-    (["--pears"], "did you mean peers"), (["speed", "--dim=33"], "dim=33"), (["--learning_rate=1"], "unknown key"),
-    (["speed", "--only=nothing"], "no row of speed"), (["speed", "--mod_capacity=0.5"], "only table routing"),
-    (["scaling", "config/tiny.toml"], "scaling has its own files"),
-    (["--json=no/such/folder/x.json"], "its folder does not exist"), (["config/tinny.toml"], "did you mean"),
-])  # fmt: skip
-def test_bad_input_is_refused(args, words, monkeypatch):
-    monkeypatch.setattr(bench, "Contestant", lambda *_: pytest.fail("something was measured"))
-    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
-    with pytest.raises(UserError, match=words):
-        bench.main(args)
-
-
-@pytest.mark.parametrize("option, name", [("--peers", "transformers"), ("--plot=.", "matplotlib")])
-def test_a_missing_package_is_named_before_anything_is_measured(option, name, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(bench, "fill", lambda *_: pytest.fail("something was measured"))
-    with pytest.raises(UserError, match=f"pip install {name}"):
-        bench.main([*TINY, option])
-
-
-def test_charts_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="charts are optional: pip install matplotlib")
-    row = {"level": "attention", "B": 1, "T": 16, "dtype": "float32", "mode": "eager", "mix": "A", "ms": 1.0}
-    nothing = [{"mix": "A", "left_out": "no time"}]
-    bench.draw({"length": [row, row | {"T": 32}], "speed": nothing,
-                "flops": [{"mix": "A", "of_layer_1024": 1.0}]}, tmp_path)  # fmt: skip
-    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("length", "flops"))
-    assert not (tmp_path / "speed.png").exists()
+        row = next(r for r in rows if r["mix"] == "routed")
+        assert row["flops_x_first"] == pytest.approx(routed / dense) and routed < dense
 
 
 def test_zaya_is_called_as_ours_and_timed_in_turns(run):
@@ -500,4 +422,119 @@ def test_zaya_is_called_as_ours_and_timed_in_turns(run):
     assert import_module("transformers.models.zaya.modeling_zaya")
     rows = run("length", "--peers", "--only=eager attention float32")["tables"]["length"]
     rows = [r for r in rows if r.get("T") == 64 and "ms" in r]
-    assert [r["mix"] for r in rows] == [*"AGMCL", "Zaya"] and rows[3]["x_zaya"] > 0
+    assert [r["mix"] for r in rows] == [*LETTERS, "Zaya"] and rows[3]["x_zaya"] > 0
+
+
+# ---- failures
+
+
+def fails(_):
+    yield {"level": "attention", "mix": "A", "ms": 1.0}
+    raise RuntimeError("could not create a primitive\nsecond line")
+
+
+@pytest.mark.parametrize("table", bench.TABLES)
+def test_a_table_that_fails_costs_no_other(table, run, monkeypatch, capsys):
+    def one_row(_):
+        yield {"level": "attention", "mix": "A", "ms": 2.0}
+
+    monkeypatch.setattr(bench, "TABLES", dict.fromkeys(bench.TABLES, one_row) | {table: fails})
+    tables = run("--only=A", code=1)["tables"]
+    for name, rows in tables.items():
+        expected = [1.0] if name == table else [2.0]
+        assert [row["ms"] for row in rows if "ms" in row] == expected
+        assert len(rows) == (2 if name == table else 1)
+    assert "could not create a primitive" in tables[table][1]["failed"] and "second" not in tables[table][1]["failed"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "could not create" in line]
+    assert len(lines) == 1 and lines[0].startswith("failed: ")
+
+
+def test_a_user_error_is_the_users_where_the_table_was_asked_for(run, monkeypatch):
+    def refuses(_):
+        yield {"level": "attention", "mix": "A", "ms": 1.0}
+        raise UserError("dim=1: it cannot be")
+
+    monkeypatch.setattr(bench, "TABLES", bench.TABLES | {"flops": refuses, "speed": refuses})
+    with pytest.raises(UserError, match="dim=1"):
+        run("flops")
+    monkeypatch.setattr(bench, "TABLES", {"speed": refuses})
+    assert "dim=1" in run("--only=A", code=1)["tables"]["speed"][1]["failed"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("x"), KeyError("x"), TypeError("x"), AttributeError("x")])
+def test_other_errors_are_rows_too(error, run, monkeypatch):
+    def raises(_):
+        raise error
+        yield
+
+    monkeypatch.setattr(bench, "TABLES", {"flops": raises})
+    (row,) = run("flops", code=1)["tables"]["flops"]
+    assert type(error).__name__ in row["failed"]
+
+
+def test_the_json_is_whole_after_every_row(run, monkeypatch, tmp_path):
+    seen = []
+
+    def looks(_):
+        for i in range(3):
+            seen.append(json.loads((tmp_path / "bench.json").read_text()))
+            yield {"level": "attention", "mix": "A", "ms": float(i)}
+
+    monkeypatch.setattr(bench, "TABLES", {"speed": looks, "flops": looks})
+    run("--only=A")
+    assert [[len(rows) for rows in result["tables"].values()] for result in seen] == [[], [1], [2], [3], [3, 1], [3, 2]]
+    assert all(result["torch"] and result["peaks"] for result in seen)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.fixture
+def emulating(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9 if dtype == torch.bfloat16 else 1.89e11)
+
+
+def test_emulated_bfloat16_is_said_once_and_left_out(run, emulating, capsys):
+    result = run("speed", "--only=eager")
+    sentence = ("bfloat16 is emulated on this CPU (189 GFLOP/s in float32, 1 GFLOP/s in bfloat16): its rows are "
+                "left out; ask for them with --only=bfloat16")  # fmt: skip
+    assert result["notes"] == [sentence] and capsys.readouterr().out.count("bfloat16 is emulated") == 1
+    assert {row["dtype"] for row in result["tables"]["speed"]} == {"float32"}
+
+
+def test_emulated_bfloat16_is_measured_if_asked_for(run, emulating):
+    result = run("speed", "--only=eager attention bfloat16")
+    assert [row["mix"] for row in result["tables"]["speed"] if "ms" in row] == [*LETTERS]
+    assert len(result["notes"]) == 1 and "left out" not in result["notes"][0]
+
+
+def test_a_machine_with_bfloat16_says_nothing(run):
+    assert run("flops")["notes"] == []
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("args, words", [
+    (["speeds"], "unknown table .speeds.: use speed, memory"), (["decode", "--rounds=0"], "rounds=0"),
+    (["--pears"], "did you mean peers"), (["speed", "--dim=33"], "dim=33"), (["--learning_rate=1"], "unknown key"),
+    (["speed", "--only=nothing"], "no row of speed"), (["speed", "--mod_capacity=0.5"], "only table routing"),
+    (["routing", "--only=compiled decode"], "no row of routing"), (["--seed=-1"], "seed=-1"), (["scaling"], "unknown"),
+    (["--json=no/such/folder/x.json"], "its folder does not exist"), (["config/tinny.toml"], "did you mean"),
+])  # fmt: skip
+def test_bad_input_is_refused(args, words, quick, monkeypatch):
+    monkeypatch.setattr(bench, "Contestant", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match=words):
+        bench.main(args)
+
+
+def test_a_missing_package_is_named_before_anything_is_measured(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(bench, "begin", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match="pip install transformers"):
+        bench.main([*TINY, "--peers"])
+
+
+def test_the_help_names_tables_and_letters(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    output = capsys.readouterr().out
+    assert all(name in output for name in (*bench.TABLES, "CCQA", "--only", "--prompt_tokens"))

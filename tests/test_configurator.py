@@ -7,12 +7,12 @@ is tested from outside, in a process of its own.
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 
 import pytest
 
-from configurator import UserError, build, cli, field_comments, parse, to_toml
+from configurator import UserError, build, cli, field_comments, need, parse, to_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,30 +21,27 @@ ROOT = Path(__file__).resolve().parent.parent
 class Shape:
     dim: int = 384  # width of the "stream" # in channels
     batch_size: int = 8  # sequences per step
-    pattern: "str" = "MM#CC"  # one letter per layer
+    pattern: "str" = "MMCCC"  # one letter per layer
     seed: int = 1  # of the weights
     bare: str = "# no comment"
 
     def __post_init__(self):
         if self.dim % 2:
-            raise ValueError(f"dim = {self.dim} is odd: give an even one")
+            raise UserError(f"dim = {self.dim} is odd: give an even one")
 
 
 @dataclass
 class Run:
     learning_rate: float = 3e-4  # peak of the schedule
     compile: bool = False  # fuse with torch.compile
-    out_dir: str = (
-        "out"
-    )  # where it is saved
-    seed: int = 1  # of the batches
+    out_dir: str = "out"  # where it is saved
 
 
-@dataclass
-class Needy:
-    path: str  # has no default
-    count: int = 1  # a number
-    hidden: int = field(default=0, init=False)  # derived
+@dataclass(frozen=True)
+class Several:
+    prompt: tuple[str, ...] = ("import",)  # texts to go on from
+    stop: tuple[str, ...] = ()  # ends
+    count: int = 1  # of each
 
 
 @pytest.fixture
@@ -184,6 +181,74 @@ def test_error(name, toml):
     assert "\n" not in str(caught.value)
 
 
+# ---- options that may be given several times
+
+
+@pytest.mark.parametrize("argv, texts", [
+    (["--prompt=a"], ("a",)),
+    (["--prompt=a", "--prompt=b"], ("a", "b")),
+    (["--prompt=a", "--count=2", "--prompt", "b", "--prompt=a"], ("a", "b", "a")),
+    (["--prompt", "-x"], ("-x",)),
+    (["--prompt=--count"], ("--count",)),
+    (["--prompt="], ("",)),
+    (["--prompt", ""], ("",)),
+    (["--prompt=a,b"], ("a,b",)),
+    (['--prompt=["a", "b"]'], ('["a", "b"]',)),
+])
+def test_repeated_options(argv, texts):
+    given = parse(argv, Several, Run)
+    assert same(given["prompt"], texts)
+    assert build(given, Several)[0].prompt == texts
+
+
+def test_repeated_options_replace_the_default_and_a_file_before_them(toml):
+    assert build({}, Several) == (Several(("import",)),)
+    listed, single = toml('prompt = ["a", "b"]'), toml('prompt = "c"', "c.toml")
+    empty = toml("prompt = []\nstop = []", "e.toml")
+    assert parse([listed], Several) == {"prompt": ("a", "b")}
+    assert parse([single], Several) == {"prompt": ("c",)}
+    assert parse([listed, single], Several) == parse(["--prompt=x", listed, single], Several) == {"prompt": ("c",)}
+    assert parse([listed, "--prompt=x", "--prompt=y"], Several) == {"prompt": ("x", "y")}
+    assert parse([empty], Several) == {"prompt": (), "stop": ()}
+    assert parse(["--prompt=x", "--stop=y", "--prompt=z"], Several) == {"prompt": ("x", "z"), "stop": ("y",)}
+
+
+@pytest.mark.parametrize("argv, text, words", [
+    (["--prompt"], "", ["--prompt needs a value"]),
+    (["--prompt", "--count=2"], "", ["--prompt needs a value"]),
+    (["--prompt=\udcff"], "", ["--prompt=", "UTF-8"]),
+    (["a.toml"], "prompt = 1", ["a.toml: prompt = 1", "list of str"]),
+    (["a.toml"], "prompt = true", ["a.toml: prompt = True", "list of str"]),
+    (["a.toml"], 'prompt = ["a", 1]', ["a.toml: prompt = 1", "str"]),
+    (["a.toml"], 'prompt = ["a", ["b"]]', ["a.toml: prompt = ['b']", "str"]),
+    (["a.toml"], "prompt = {a = 1}", ["a.toml: 'prompt' is a table"]),
+    (["a.toml"], "count = [1]", ["a.toml: 'count'", "list"]),
+    (["a.toml"], 'promt = ["a"]', ["a.toml: 'promt'", "list"]),
+    (["a.toml"], 'promt = "a"', ["a.toml: unknown key 'promt': did you mean prompt?"]),
+])
+def test_wrong_repeated_options(argv, text, words, toml):
+    toml(text)
+    with pytest.raises(UserError) as caught:
+        parse(argv, Several)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_build_takes_a_text_or_several():
+    assert build({"prompt": "a"}, Several)[0].prompt == ("a",)
+    assert build({}, Several, base={"prompt": ["a", "b"]})[0].prompt == ("a", "b")
+    for wrong in (1, [1], None, {"a": 1}):
+        with pytest.raises(UserError, match="prompt = "):
+            build({"prompt": wrong}, Several)
+
+
+def test_need_names_every_value_and_the_remedy():
+    need(Shape(), "dim seed", True, "never said")
+    with pytest.raises(UserError) as caught:
+        need(Shape(dim=2, pattern="x"), "dim pattern seed", False, "choose others")
+    assert str(caught.value) == "dim=2, pattern='x', seed=1: choose others"
+
+
 def test_unreadable_file(toml, monkeypatch):
     def denied(*_args, **_options):  # chmod would not stop root
         raise PermissionError(13, "Permission denied")
@@ -207,11 +272,6 @@ def test_build_order():
     assert build({}, Run) == (Run(),)
 
 
-def test_build_shared_key():
-    shape, run = build({"seed": 7}, Shape, Run)
-    assert shape.seed == run.seed == 7
-
-
 @pytest.mark.parametrize("given, base, words", [
     ({}, {"learning_rat": 1.0}, "unknown key 'learning_rat': did you mean learning_rate?"),
     ({"dmi": 2}, None, "did you mean dim?"),
@@ -224,23 +284,15 @@ def test_build_errors(given, base, words):
         build(given, Shape, Run, base=base)
 
 
-def test_field_without_default():
-    with pytest.raises(UserError, match="path has no default: give --path=VALUE"):
-        build({"count": 2}, Needy)
-    assert build({"path": "x"}, Needy) == (Needy("x"),)
-    with pytest.raises(UserError, match="unknown key 'hidden'"):  # a derived field is no key
-        parse(["--hidden=1"], Needy)
-
-
 def test_programmers_mistakes():
-    text_seed = make_dataclass("TextSeed", [("seed", str, "1")])
-    for types in ((Shape, text_seed), (make_dataclass("Odd", [("sizes", list, None)]),)):
+    second = make_dataclass("Second", [("seed", int, 1)])
+    for types in ((Shape, second), (make_dataclass("Odd", [("sizes", list, None)]),)):
         with pytest.raises(TypeError, match="seed|sizes"):
             parse([], *types)
         with pytest.raises(TypeError, match="seed|sizes"):
             build({}, *types)
     with pytest.raises(TypeError, match="seed"):
-        to_toml(Shape(seed=1), Run(seed=2))
+        to_toml(Shape(), second())
 
 
 AWKWARD = ["", " ", "plain", "C:\\new\\table", "it's \"quoted\"", '"""', "'''",
@@ -252,6 +304,12 @@ AWKWARD = ["", " ", "plain", "C:\\new\\table", "it's \"quoted\"", '"""', "'''",
 def test_round_trip_text(text, toml):
     shape, run = Shape(pattern=text), Run(out_dir=text[::-1])
     assert build(parse([toml(to_toml(shape, run))], Shape, Run), Shape, Run) == (shape, run)
+
+
+@pytest.mark.parametrize("texts", [(), ("",), tuple(AWKWARD), ("a", "a")])
+def test_round_trip_repeated(texts, toml):
+    several = Several(prompt=texts, stop=texts[::-1], count=3)
+    assert build(parse([toml(to_toml(several))], Several), Several) == (several,)
 
 
 @pytest.mark.parametrize("number", [1e-05, 0.0003, 0.1, 1 / 3, 1.0, 100000.0, 1e16, 1e22, 1.7e308, 5e-324, -0.0, 2])
@@ -267,8 +325,6 @@ def test_toml_is_complete_and_grouped(toml):
     assert set(parse([toml(text)], Shape, Run)) == {f.name for cls in (Shape, Run) for f in fields(cls)}
     assert lines[0] == "# Shape" and lines.index("# Run") < lines.index("learning_rate = 0.0003")
     assert lines.index("dim = 384") < lines.index("# Run") and "compile = false" in lines
-    assert sum(line.startswith("seed") for line in lines) == 1  # TOML forbids a key twice
-    assert "hidden" not in to_toml(Needy("x"))
 
 
 def test_toml_refuses_what_parse_would():
@@ -277,34 +333,35 @@ def test_toml_refuses_what_parse_would():
 
 
 def test_field_comments():
-    @dataclass(frozen=True)
-    class Child(Shape):
-        extra: int = 1  # its own
-        dim: int = 2  # narrower
-
     assert field_comments(Shape) == {
         "dim": 'width of the "stream" # in channels', "batch_size": "sequences per step",
         "pattern": "one letter per layer", "seed": "of the weights", "bare": ""}
     assert field_comments(Run)["out_dir"] == "where it is saved"
-    assert field_comments(Child) == {**field_comments(Shape), "dim": "narrower", "extra": "its own"}
-    assert field_comments(make_dataclass("Made", [("x", int, 0)])) == {"x": ""}
+    assert field_comments(Several)["prompt"] == "texts to go on from"
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["--help"], ["--dim=2", "--help"], ["--learning_rat=1", "-h"]])
 def test_help(argv, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse(argv, Shape, Run, Needy, doc="What it does.\n")
+        parse(argv, Shape, Run, Several, doc="What it does.\n")
     assert caught.value.code == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert lines[0] == "What it does." and "usage: " in out and "[config/x.toml ...] [--key=value ...]" in out
-    groups = [lines.index(cls.__name__) for cls in (Shape, Run, Needy)] + [len(lines)]
-    for cls, begin, end in zip((Shape, Run, Needy), groups, groups[1:], strict=False):
+    groups = [lines.index(cls.__name__) for cls in (Shape, Run, Several)] + [len(lines)]
+    for cls, begin, end in zip((Shape, Run, Several), groups, groups[1:], strict=False):
         for key, comment in field_comments(cls).items():
             row = [line for line in lines[begin:end] if line.startswith(f"  --{key}=")]
-            assert len(row) == (key != "hidden") and all(line.endswith(comment) for line in row)
-    for option in ("--dim=384", "--learning_rate=0.0003", "--compile=false", '--out_dir="out"', "--path=(required)"):
+            assert len(row) == 1 and row[0].endswith(comment)
+    for option in ("--dim=384", "--learning_rate=0.0003", "--compile=false", '--out_dir="out"', "--stop=[]"):
         assert f"  {option} " in out
+
+
+def test_help_of_repeated_options(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], Several)
+    out = capsys.readouterr().out
+    assert '  --prompt=["import"]  texts to go on from' in out and "  --stop=[]" in out
 
 
 PROGRAM = """

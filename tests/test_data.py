@@ -154,15 +154,14 @@ def test_default_corpus():
     assert 0.05 < share < 0.15
 
 
-def test_default_corpus_falls_back_to_torch_and_says_so(tmp_path, monkeypatch):
-    write_folder(tmp_path / "torch", {f"{i}.py": f"x = {i}\n" for i in range(100)})
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path / "nowhere"))
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
-    corpus = prepare("", tmp_path)
-    assert "FALLBACK" in corpus.description and "torch" in corpus.description and "100 files" in corpus.description
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "nothing" / "__init__.py"))
-    with pytest.raises(UserError, match="--data"):
-        prepare("", tmp_path)
+def test_no_default_corpus_without_a_standard_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path / "library"))
+    for files in ({}, {f"{i}.py": f"x = {i}\n" for i in range(data.FEWEST_FILES - 1)}):
+        write_folder(tmp_path / "library", files)
+        with pytest.raises(UserError, match="no Python sources in .*library: give a text file or folder with --data"):
+            prepare("", tmp_path)
+    write_folder(tmp_path / "library", {"one_more.py": "x = 'more'\n"})
+    assert f"{data.FEWEST_FILES} files" in prepare("", tmp_path).description
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -373,8 +372,8 @@ def test_evaluation_meets_every_target_once(count):
 def test_text_of_tokens_survives_cuts_and_unknown_ids():
     enc = data.get_tokenizer("bytes")
     ids = enc.encode_ordinary("aé")
-    assert data.decode(enc, ids) == "aé" and data.decode(enc, ids[:-1]) == "a\ufffd"
-    assert data.decode(enc, [97, 5000, enc.eot_token, 98]) == "a<|endoftext|>b"
+    assert data.text_of(enc, ids) == "aé" and data.text_of(enc, ids[:-1]) == "a\ufffd"
+    assert data.text_of(enc, [97, 5000, enc.eot_token, 98]) == "a<|endoftext|>b"
 
 
 def test_limited_evaluation_is_spread_evenly_and_repeats():

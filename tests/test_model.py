@@ -1,37 +1,26 @@
-"""The invariants of the model: causality, initialisation, optimiser groups, loss, one graph, accounting, errors."""
+"""The invariants of the model: causality, initialisation, optimiser groups, gradients, loss, one graph, and what its
+configuration refuses."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch._dynamo.testing import CompileCounterWithBackend
 
-import model as model_module
-from attention import RMSNorm
+import layers
+from attention import KINDS, ccqa_heads
 from configurator import UserError
-from model import (
-    ChunkedCrossEntropy,
-    Hydra,
-    HydraConfig,
-    attention_flops,
-    attention_params,
-    count_params,
-    flops_per_token,
-    kv_bytes,
-    pick,
-    state_values,
-    tail_bytes,
-)
+from model import Hydra, HydraConfig, Output
+from train import TrainConfig, make_optimizer
 
-SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, n_layer=8, compression=2, latent_head_dim=0,
+SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, compression=2, latent_head_dim=0,
              mlp_ratio=1.0)  # fmt: skip
-SMALL = dict(latent_head_dim=0, vocab_size=50257, block_size=1024, dim=768, n_head=12, n_kv_head=3,
-             n_layer=24, mlp_ratio=3.0)  # fmt: skip
-MEDIUM = SMALL | dict(dim=896, n_head=14, n_kv_head=2, mlp_ratio=3.5)
-LARGE = SMALL | dict(dim=1024, n_head=16, n_kv_head=4, mlp_ratio=4.0)
-PATTERNS = ["A", "G", "M", "C", "L", "MMCCCLML"]
+SMALL = dict(dim=768, n_head=12, n_kv_head=3)
+PATTERNS = [*KINDS, "MMCCCLML"]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
 def make(pattern="MMCCCLML", **changes) -> Hydra:
@@ -49,15 +38,15 @@ def batch(B=2, T=40, seed=0):
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 8])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@every_pattern
 def test_the_future_never_changes_the_past(pattern, window):
     net = make(pattern, window=window).eval()
     idx, targets = batch()
-    logits, _ = net(idx, targets)
+    logits = net(idx, targets).logits
     for t in (0, 1, 2, 17, 38):
         changed = idx.clone()
         changed[:, t + 1 :] = (changed[:, t + 1 :] + 1 + torch.arange(39 - t)) % 97
-        other, _ = net(changed, targets)
+        other = net(changed, targets).logits
         assert torch.equal(logits[:, : t + 1], other[:, : t + 1])
         assert not torch.equal(logits[:, t + 1 :], other[:, t + 1 :])
 
@@ -68,30 +57,31 @@ def test_the_future_never_changes_the_past_compiled():
     torch._dynamo.reset()
     net = make("C", n_layer=1, dim=32, n_head=2, n_kv_head=1).eval()  # the compiled run of test_train.py has its graph
     idx, targets = batch(T=32)
-    expected, _ = net(idx, targets)
+    expected = net(idx, targets).logits
     net.blocks[0].compile(fullgraph=True, dynamic=False)
-    logits, _ = net(idx, targets)
+    logits = net(idx, targets).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     changed = idx.clone()
     changed[:, 20:] = (changed[:, 20:] + 5) % 97
-    assert torch.equal(logits[:, :20], net(changed, targets)[0][:, :20])
+    assert torch.equal(logits[:, :20], net(changed, targets).logits[:, :20])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pattern", ["M", "C", "L"])
+@pytest.mark.parametrize("pattern", KINDS)
 def test_every_earlier_token_can_matter(pattern):
     """The mirror of causality: with full attention the first token reaches the last position."""
-    net, (idx, targets) = make(pattern).eval(), batch()
+    net = make(pattern).eval()
+    idx, targets = batch()
     changed = idx.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 97
-    assert not torch.equal(net(idx, targets)[0][:, -1], net(changed, targets)[0][:, -1])
+    assert not torch.equal(net(idx, targets).logits[:, -1], net(changed, targets).logits[:, -1])
 
 
 # ---- 3 initialisation, groups, gradients
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_every_parameter_is_initialised_once_by_its_role(pattern):
+@every_pattern
+def test_every_parameter_is_initialised_by_its_role(pattern):
     net = make(pattern)
     with torch.no_grad():
         for p in net.parameters():
@@ -112,108 +102,112 @@ def test_every_parameter_is_initialised_once_by_its_role(pattern):
             assert p.std().item() == pytest.approx(expected, rel=0.12), name
 
 
-def test_a_parameter_without_an_initialisation_is_refused():
+def test_a_parameter_without_an_initialisation_is_refused_by_its_name():
     net = make()
     net.blocks[0].extra = nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match="not initialised once"):
+    net.blocks[2].attn.more = nn.Parameter(torch.zeros(3))
+    with pytest.raises(AssertionError, match=r"not initialised: blocks\.0\.extra, blocks\.2\.attn\.more; fill"):
         net.init_weights()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@every_pattern
 def test_every_parameter_is_in_one_group_and_gets_a_gradient(pattern):
     net = make(pattern)
-    decayed, plain = net.optimizer_groups(0.1)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    decayed, plain = make_optimizer(net, TrainConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     ids = [id(p) for group in (decayed, plain) for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in net.parameters())
     names = {id(p): n for n, p in net.named_parameters()}
     for p in plain["params"]:
-        assert names[id(p)].endswith(("norm.weight", "k_temperature", "conv_depthwise")), names[id(p)]
+        assert p.dim() < 2 or names[id(p)].endswith("conv_depthwise"), names[id(p)]
     for p in decayed["params"]:
-        assert p.dim() >= 2 and not names[id(p)].endswith("conv_depthwise")
-    net(*batch())[1].backward()
+        assert p.dim() >= 2 and not names[id(p)].endswith("conv_depthwise"), names[id(p)]
+    net(*batch()).loss.backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
 
 
-def test_residual_lines_are_scaled():
-    """One block by hand: alpha is 1 for MQA and 0.5 for CCQA and MLA."""
-    for letter, alpha in {"A": 1.0, "G": 1.0, "M": 1.0, "C": 0.5, "L": 0.5}.items():
-        net = make(letter, n_layer=1)
-        block, x = net.blocks[0], torch.randn(1, 5, 64)
-        ctx = net.context(torch.arange(5))
-        mid = x + alpha * block.attn(block.attn_norm(x), ctx)
-        gate, up = (block.mlp_norm(mid) @ block.mlp.gate_up.weight.t()).chunk(2, -1)
-        expected = mid + (F.silu(gate) * up) @ block.mlp.down.weight.t()
-        torch.testing.assert_close(block(x, ctx), expected)
+def test_the_scales_of_the_residual_lines():
+    """1 for the uncompressed attentions, 0.5 for CCQA and MLA."""
+    alphas = {letter: KINDS[letter].alpha for letter in "AGMCL"}
+    assert alphas == {"A": 1.0, "G": 1.0, "M": 1.0, "C": 0.5, "L": 0.5}
+
+
+@pytest.mark.parametrize("letter", KINDS)
+def test_residual_lines_are_scaled(letter):
+    """One block by hand."""
+    net = make(letter, n_layer=1)
+    block = net.blocks[0]
+    x = torch.randn(1, 5, 64)
+    ctx = net.context(torch.arange(5))
+    mid = x + KINDS[letter].alpha * block.attn(block.attn_norm(x), ctx)
+    gate, up = (block.mlp_norm(mid) @ block.mlp.gate_up.weight.t()).chunk(2, -1)
+    expected = mid + (F.silu(gate) * up) @ block.mlp.down.weight.t()
+    torch.testing.assert_close(block(x, ctx), expected)
 
 
 # ---- 4 the loss
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@every_pattern
 def test_initial_loss_is_log_vocab(pattern):
-    _, loss = make(pattern)(*batch(8))
+    loss = make(pattern)(*batch(8)).loss
     assert loss.dtype == torch.float32 and abs(loss.item() - math.log(97)) < 0.1
 
 
+def test_the_loss_is_the_mean_over_the_targets_of_the_returned_logits():
+    net = make()
+    idx, targets = batch()
+    targets[:, 5:9] = layers.IGNORE
+    for mode in (True, False):
+        output = net.train(mode)(idx, targets)
+        expected = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten(), ignore_index=layers.IGNORE)
+        torch.testing.assert_close(output.cross_entropy, expected)
+        assert torch.equal(output.loss, output.cross_entropy) and output.routing == {}  # no router, no other loss
+
+
 def test_without_targets_only_the_last_logits():
-    net, (idx, targets) = make(), batch()
-    full, _ = net(idx, targets)
-    last, none = net(idx)
-    assert full.shape == (2, 40, 97) and last.shape == (2, 1, 97) and none is None
-    torch.testing.assert_close(last, full[:, -1:])
+    net = make()
+    idx, targets = batch()
+    full = net(idx, targets).logits
+    output = net(idx)
+    assert full.shape == (2, 40, 97) and output == Output(output.logits)
+    assert output.logits.shape == (2, 1, 97)
+    torch.testing.assert_close(output.logits, full[:, -1:])
 
 
-@pytest.mark.parametrize("rows", [1, 7, 16, 80])
-def test_the_chunked_loss_equals_the_plain_one(rows, monkeypatch):
-    net, (idx, targets) = make(), batch()
-    targets[:, 5:9] = -1
-    logits, plain = net(idx, targets)
-    plain.backward()
+@pytest.mark.parametrize("rows", [1, 7, 79])
+def test_the_chunked_loss_trains_as_the_plain_one(rows, monkeypatch):
+    net = make()
+    idx, targets = batch()
+    targets[:, 5:9] = layers.IGNORE
+    plain = net(idx, targets)
+    plain.loss.backward()
     expected = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    monkeypatch.setattr(model_module, "MAX_LOGITS", min(rows, 79) * 97)
-    none, loss = net(idx, targets)
-    (loss * 3).backward()
-    assert logits is not None and none is None
-    torch.testing.assert_close(loss, plain)
+    monkeypatch.setattr(layers, "MAX_LOGITS", rows * 97)
+    output = net(idx, targets)
+    (output.loss * 3).backward()
+    assert plain.logits is not None and output.logits is None
+    torch.testing.assert_close(output.loss, plain.loss)
     for p, grad in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, 3 * grad, rtol=1e-4, atol=1e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(net(idx, targets)[1], plain)
-        with FlopCounterMode(display=False) as counter:  # no gradient is made where there is no backward
-            net.loss(torch.randn(2, 40, net.config.dim), targets)
-    assert counter.get_total_flops() == 2 * 80 * 97 * net.config.dim
 
 
-def test_the_chunked_loss_never_holds_all_logits(monkeypatch):
-    """The largest tensor that the forward or the backward makes stays at one chunk (or one weight)."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.numel = max(self.numel, out.numel())
-            return out
-
-    x, w = torch.randn(512, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
-    with Largest() as seen:
-        ChunkedCrossEntropy.apply(x, w, torch.randint(0, 300, (512,)), 64, torch.float32, True).backward()
-    assert seen.numel == 64 * 300
-
-
-def test_the_chunked_loss_under_autocast_keeps_fp32_gradients(monkeypatch):
-    net, (idx, targets) = make(), batch()
-    monkeypatch.setattr(model_module, "MAX_LOGITS", 16 * 97)
+@pytest.mark.parametrize("limit", [2**25, 16 * 97])
+def test_the_loss_under_autocast_is_fp32_with_fp32_gradients(limit, monkeypatch):
+    net = make()
+    idx, targets = batch()
+    monkeypatch.setattr(layers, "MAX_LOGITS", limit)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, loss = net(idx, targets)
-    loss.backward()
-    assert loss.dtype == torch.float32 and net.embed.weight.grad.dtype == torch.float32
-    assert loss.item() == pytest.approx(math.log(97), abs=0.1)
+        output = net(idx, targets)
+    output.loss.backward()
+    assert output.loss.dtype == output.cross_entropy.dtype == torch.float32
+    assert net.embed.weight.grad.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(math.log(97), abs=0.1)
+    if output.logits is not None:
+        expected = F.cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(output.loss, expected)
 
 
 # ---- 5 one graph
@@ -221,208 +215,179 @@ def test_the_chunked_loss_under_autocast_keeps_fp32_gradients(monkeypatch):
 
 @pytest.mark.parametrize("pattern", ["AA", "MCL"])
 def test_training_forward_is_one_graph_without_recompiles(pattern):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     net = make(pattern, n_layer=len(pattern))
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     for step in range(3):
         idx, targets = batch(seed=step)
-        loss = compiled(idx, targets)[1]
-        torch.testing.assert_close(loss, net(idx, targets)[1], rtol=1e-5, atol=1e-5)
+        loss = compiled(idx, targets).loss
+        torch.testing.assert_close(loss, net(idx, targets).loss, rtol=1e-5, atol=1e-5)
         loss.backward()
     assert counter.frame_count == 1
 
 
 def test_blocks_of_one_letter_share_their_graph():
     """Compiled block by block, 16 layers of 3 letters cost 3 compilations; all letters, trained and evaluated, fit."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     net = make(n_layer=16)
     for block in net.blocks:
         block.compile(backend=counter, fullgraph=True)
     for step in range(2):
-        net(*batch(seed=step))[1].backward()
+        net(*batch(seed=step)).loss.backward()
     assert counter.frame_count == 3
     with torch._dynamo.config.patch(recompile_limit=64):  # as train.py does
         net = make("AGMCL", n_layer=10)
         for block in net.blocks:
             block.compile(backend=counter, fullgraph=True)
         for step in range(2):
-            net(*batch(seed=step))[1].backward()
+            net(*batch(seed=step)).loss.backward()
             with torch.no_grad():
                 net(*batch(seed=step))
     assert counter.frame_count == 3 + 7  # A and G trained, five evaluated; the other three are there already
 
 
-# ---- functions with a backward of their own
+# ---- the configuration
 
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_rmsnorm_with_gradients_is_torchs(dtype):
-    norm = RMSNorm(48, 1e-6).to(dtype)
-    nn.init.normal_(norm.weight, 1.0, 0.2)
-    x, grad = (torch.randn(3, 7, 48).to(dtype) for _ in range(2))
-    x.requires_grad_()
-    got, expected = norm(x), F.rms_norm(x, (48,), norm.weight, 1e-6)
-    assert got.grad_fn is not None and "RMSNormFunction" in got.grad_fn.name() and torch.equal(got, expected)
-    ours, torchs = (torch.autograd.grad(y, [x, norm.weight], grad) for y in (got, expected))
-    tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    for a, b in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_swiglu_with_gradients_is_the_plain_one_and_keeps_less(autocast):
-    """Besides its input and weights it keeps gate and up, and neither silu(gate) nor the product."""
-    mlp, x = make("A").blocks[0].mlp, torch.randn(2, 5, 64, requires_grad=True)
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.numel()
-        return t
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            got = mlp(x)
-        gate, up = F.linear(x, mlp.gate_up.weight).chunk(2, dim=-1)
-        expected = F.linear(F.silu(gate) * up, mlp.down.weight)
-    assert torch.equal(got, expected)
-    hidden = mlp.down.in_features
-    assert sum(n for n in kept.values() if n % hidden == 0 and n < 64 * hidden) == 10 * 2 * hidden
-    ours, plain = (torch.autograd.grad(y.float().square().sum(), [x, *mlp.parameters()]) for y in (got, expected))
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-# ---- 6 accounting
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("changes", [{}, {"conv_kernel": 0}, {"compression": 4}, {"latent_ratio": 0.25},
-                                     {"n_layer": 11}, {"latent_head_dim": 16}])  # fmt: skip
-def test_counted_parameters_equal_the_formula(pattern, changes):
-    net = make(pattern, **changes)
-    assert count_params(net.config) == sum(p.numel() for p in net.parameters())
-    for letter, block in zip(net.config.layers, net.blocks, strict=True):
-        assert attention_params(net.config, letter) == sum(p.numel() for p in block.attn.parameters())
-
-
-@pytest.mark.parametrize("shape, millions", [(SMALL, 186.8), (MEDIUM, 287.4), (LARGE, 389.9)])
-def test_the_named_shapes(shape, millions):
-    with torch.device("meta"):
-        net = Hydra(HydraConfig(**shape))
-    assert count_params(net.config) == sum(p.numel() for p in net.parameters())
-    assert round(count_params(net.config) / 1e6, 1) == millions
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("changes", [{}, {"conv_kernel": 0}, {"compression": 4}, {"latent_ratio": 0.25},
-                                     {"latent_head_dim": 4}])  # fmt: skip
-def test_counted_flops_equal_the_formula(pattern, changes):
-    """torch counts matrix products, convolutions and all T*T pairs of the attention (told of its CPU kernel): the
-    formula takes the causal mean T/2 of the pairs and adds the depthwise convolution, which torch does not count."""
-
-    def core(q, k, v, *args, out_val=None, **kwargs):
-        return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-    core._get_raw = True
-    net = make(pattern, **changes).eval()
-    c, (B, T) = net.config, (2, 40)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={kernel: core}) as counter:
-        net(*batch(B, T))
-    expected = B * T * flops_per_token(c, T)
-    for letter in c.layers:
-        width = {"C": c.dim // c.compression, "L": int(c.dim * c.latent_ratio)}.get(letter, c.dim)
-        expected += B * T * 2 * T * width  # the upper half of the pairs
-        if letter == "C":
-            H, G, K = c.ccqa_heads
-            expected -= B * T * 2 * c.conv_kernel * (H + G) * K
-    assert counter.get_total_flops() == expected
-
-
-def test_wider_heads_of_the_latent_keep_the_group_ratio_as_far_as_it_divides():
-    for asked, heads in ((0, (12, 3, 16)), (16, (12, 3, 16)), (32, (6, 2, 32)), (64, (3, 1, 64)), (8, (24, 6, 8)),
-                         (192, (1, 1, 192))):  # fmt: skip
-        assert HydraConfig(**SMALL | {"latent_head_dim": asked}).ccqa_heads == heads
-    assert HydraConfig(**SMALL | {"n_kv_head": 12, "latent_head_dim": 32}).ccqa_heads == (6, 6, 32)
-
-
-def test_windowed_flops_count_the_visible_pairs():
-    c = HydraConfig(**SHAPE | {"pattern": "M", "window": 8})
-    pairs = sum(min(t + 1, 8) for t in range(64))
-    full = attention_flops(HydraConfig(**SHAPE | {"pattern": "M"}), "M", 64)
-    got = attention_flops(c, "M", 64) - (full - 2 * 64 * 64)
-    assert got == pytest.approx(4 * 64 * (pairs - 64 / 2 * 8 / 64) / 64, rel=1e-3)  # the mean of t keys, not t+1
-
-
-def test_state_bytes_of_the_architecture_page():
-    c = HydraConfig(**SMALL)
-    assert [state_values(c, a) for a in "AGMCL"] == [1536, 384, 128, 96, 400]
-    assert kv_bytes(c, 1) / 2 / 24 == 184
-    assert tail_bytes(HydraConfig(**SMALL | {"pattern": "AGML", "latent_head_dim": 512})) == 0
-    windowed = HydraConfig(**SMALL | {"window": 100})
-    assert kv_bytes(c, 1000) - kv_bytes(windowed, 1000) == 2 * 900 * 128 * 9
-
-
-# ---- errors and sampling
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"dim": 63}, "dim=63: .* multiple of"), ({"dim": 0}, "dim=0: it must be at least 1"),
-    ({"n_kv_head": 3}, "n_kv_head=3: it must divide n_head=4"), ({"pattern": "MXC"}, "unknown letter 'X'"),
-    ({"pattern": ""}, "at least one layer"), ({"compression": 3}, "dim=64: .*compression=24"),
-    ({"qk_gain": 0.7}, "qk_gain=0.7: choose a value from 0 to 0.5"), ({"latent_ratio": 0.3}, "latent_ratio=0.3"),
+REFUSED = [
+    ({"dim": 63}, "dim=63, .* a multiple of [48]"), ({"dim": 0}, "dim=0: it must be at least 1"),
+    ({"n_kv_head": 3}, "n_head=4, n_kv_head=3: the second must divide the first"),
+    ({"pattern": "MXC"}, f"pattern='MXC': unknown letter 'X': use {', '.join(KINDS)}"),
+    ({"pattern": ""}, "at least one layer"), ({"compression": 3}, "dim=64, compression=3: .* multiple of 6"),
+    ({"qk_gain": 0.7}, "qk_gain=0.7: choose a value from 0 to 0.5"), ({"latent_ratio": 0.3}, "latent_ratio=0.3: .*19"),
     ({"attn_backend": "fa3"}, "attn_backend='fa3': use auto, flex or sdpa"), ({"window": -1}, "window=-1"),
     ({"mlp_ratio": 0.0}, "mlp_ratio=0.0"), ({"vocab_size": 0}, "vocab_size=0"), ({"conv_kernel": -2}, "conv_kernel=-2"),
-    ({"latent_head_dim": 12}, "latent_head_dim=12: .* divides dim/compression=32"),
-    ({"latent_head_dim": 1}, "latent_head_dim=1: .* even width"), ({"latent_head_dim": -8}, "latent_head_dim=-8"),
+    ({"latent_head_dim": 12}, "latent_head_dim=12: .*divides dim/compression=32: latent_head_dim=-1 fits itself"),
+    ({"latent_head_dim": 1}, "latent_head_dim=1: .*even width"), ({"latent_head_dim": -8}, "latent_head_dim=-8"),
     ({"latent_ratio": -1.0}, "latent_ratio=-1.0"), ({"compression": 0}, "compression=0"),
-])  # fmt: skip
+    # numbers that a model cannot live with: overflow, no memory, rotations and norms that divide by zero
+    ({"mlp_ratio": 1e308}, "mlp_ratio=1e.308"), ({"conv_kernel": 10**9}, "conv_kernel=1000000000"),
+    ({"rope_theta": 1e-300}, "rope_theta=1e-300"), ({"rope_theta": 0.5}, "rope_theta=0.5"),
+    ({"rope_theta": 1e300}, "rope_theta=1e.300"), ({"norm_eps": 1e-300}, "norm_eps=1e-300"),
+    ({"norm_eps": 0.0}, "norm_eps=0.0"), ({"norm_eps": 1e30}, "norm_eps=1e.30"),
+    ({"pattern": "M", "latent_ratio": 2.0}, "latent_ratio=2.0"), ({"pattern": "C", "latent_ratio": 0.0}, "=0.0: "),
+    ({"pattern": "M", "conv_kernel": 10**9}, "conv_kernel=10000"), ({"mod_capacity": -0.1}, "mod_capacity=-0.1"),
+    ({"mod_capacity": 1.5}, "mod_capacity=1.5: choose a value from 0"), ({"mor_recursions": 0}, "mor_recursions=0"),
+    ({"mod_capacity": 0.5, "n_layer": 1}, "mod_capacity=0.5: .*n_layer=1"),
+]  # fmt: skip
+FLOATS = [field.name for field in dataclasses.fields(HydraConfig) if field.type in ("float", float)]
+
+
+@pytest.mark.parametrize("changes, words", REFUSED, ids=[str(changes) for changes, _ in REFUSED])
 def test_a_config_that_cannot_be_is_refused_in_one_line(changes, words):
     with pytest.raises(UserError, match=words) as error:
         HydraConfig(**SHAPE | changes)
     assert "\n" not in str(error.value)
 
 
-def test_every_config_field_is_read():
-    """A field that no code reads would be a setting without effect."""
-    import dataclasses
-    import re
-    from pathlib import Path
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("name", FLOATS)
+def test_no_number_may_be_nan_or_infinite(name, value):
+    with pytest.raises(UserError, match=f"{name}={value}"):
+        HydraConfig(**SHAPE | {name: value})
 
-    root = Path(model_module.__file__).parent
-    code = (root / "model.py").read_text() + (root / "attention.py").read_text()
-    for field in dataclasses.fields(HydraConfig):
-        assert re.search(rf"(config|\bc|self)\.{field.name}\b", code), field.name
+
+@pytest.mark.parametrize("pattern", KINDS)
+def test_errors_name_what_the_user_set(pattern):
+    """A width, or a number of heads, that does not fit is in the message: never only a key that was left alone."""
+    with pytest.raises(UserError, match="dim=130"):
+        HydraConfig(pattern=pattern, n_layer=1, dim=130)
+    with pytest.raises(UserError, match="n_head=7"):
+        HydraConfig(pattern=pattern, n_layer=1, dim=128, n_head=7, n_kv_head=4 if pattern == "C" else 1)
+
+
+def test_heads_of_the_latent_are_as_many_as_asked_for_or_refused():
+    """latent_head_dim=0 is dim/compression/n_head: 32/7 is no width, and 8 heads of 4 are not what was asked for."""
+    assert ccqa_heads(HydraConfig(pattern="C", dim=128, n_head=8, n_kv_head=2, latent_head_dim=0)) == (8, 2, 4)
+    with pytest.raises(UserError, match="dim=128, n_head=7, .*latent_head_dim=0"):
+        HydraConfig(pattern="C", dim=128, n_head=7, n_kv_head=1, latent_head_dim=0)
+
+
+@pytest.mark.parametrize("dim", range(64, 513, 32))
+def test_a_width_works_as_it_stands(dim):
+    """Every option but dim at its default; CCQA's heads fit themselves."""
+    config = HydraConfig(dim=dim, n_layer=8)
+    H, G, K = ccqa_heads(config)
+    assert K % 2 == 0 and H * K == dim // 4 and H % G == 0 and 8 <= K <= 128
+    with torch.device("meta"):
+        net = Hydra(config)
+    assert net(torch.zeros(1, 9, dtype=torch.long, device="meta")).logits.shape == (1, 1, 4096)
+
+
+def test_a_width_of_192_trains_and_says_what_it_took():
+    net = Hydra(HydraConfig(dim=192, n_layer=4, pattern="MCCL", vocab_size=97))
+    assert ccqa_heads(net.config) == (2, 2, 24)
+    net(*batch()).loss.backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_wider_heads_of_the_latent_keep_the_group_ratio_as_far_as_it_divides():
+    for width, heads in ((0, (12, 3, 16)), (16, (12, 3, 16)), (32, (6, 2, 32)), (64, (3, 1, 64)), (8, (24, 6, 8)),
+                         (192, (1, 1, 192)), (-1, (6, 2, 32))):  # fmt: skip
+        assert ccqa_heads(HydraConfig(**SMALL, latent_head_dim=width)) == heads
+    assert ccqa_heads(HydraConfig(**SMALL | {"n_kv_head": 12}, latent_head_dim=32)) == (6, 6, 32)
+    # nearest by the logarithm: 7 groups of 1 or one of 7 for 3 of 12
+    assert ccqa_heads(HydraConfig(pattern="C", dim=224, n_head=12, n_kv_head=4, latent_head_dim=8)) == (7, 1, 8)
+
+
+@pytest.mark.parametrize("dim, heads", [(256, (2, 2, 32)), (264, (3, 3, 22)), (280, (1, 1, 70)), (64, (1, 1, 16))])
+def test_heads_of_the_latent_fit_themselves(dim, heads):
+    """Of 66 channels 22 are an even part where 33 are not; of 70 channels 70 are nearer to 32 than 14, by a factor."""
+    assert ccqa_heads(HydraConfig(pattern="C", dim=dim)) == heads
+
+
+def test_every_option_of_the_model_has_an_effect():
+    """A field that no code reads would be a setting without effect: each changes what a model of all letters computes,
+    what it holds, or what it refuses."""
+    base = SHAPE | {"pattern": "GMCL", "n_layer": 4}
+    changes = dict(
+        vocab_size=98, block_size=30, dim=128, n_head=2, n_kv_head=4, n_layer=5, pattern="GMCA", mlp_ratio=5.0,
+        compression=4, latent_head_dim=16, conv_kernel=2, qk_gain=0.5, value_shift=False, latent_ratio=0.25, window=3,
+        rope_theta=100.0, norm_eps=0.1, mod_capacity=0.5, mor_recursions=2, attn_backend="flex")  # fmt: skip
+    assert changes.keys() == {field.name for field in dataclasses.fields(HydraConfig)}
+
+    def behaviour(**changed):
+        torch.manual_seed(0)
+        net = Hydra(HydraConfig(**base | changed))
+        generator = torch.Generator().manual_seed(0)
+        shapes = []
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+                shapes.append(p.shape)
+        try:
+            return shapes, net(*batch()).loss.item()
+        except UserError as error:
+            return shapes, str(error)
+
+    found = behaviour()
+    assert found == behaviour()
+    for name, value in changes.items():
+        assert behaviour(**{name: value}) != found, name
+
+
+def test_layers_tile_the_pattern():
+    for n, layers_of in ((1, "M"), (3, "MCL"), (4, "MCLM"), (7, "MCLMCLM")):
+        assert HydraConfig(**SHAPE | {"pattern": "MCL", "n_layer": n}).layers == layers_of
+    net = make("MCL", n_layer=4)
+    assert [type(block.attn).__name__ for block in net.blocks] == ["GQA", "CCQA", "MLA", "GQA"]
+
+
+def test_the_hidden_width_is_rounded_up_to_256():
+    for ratio, hidden in ((1.0, 256), (4.0, 256), (4.01, 512), (8.0, 512), (1000.0, 64000)):
+        assert HydraConfig(**SHAPE | {"mlp_ratio": ratio}).mlp_hidden == hidden
 
 
 def test_too_long_a_text_is_refused():
-    with pytest.raises(UserError, match="65 tokens do not fit"):
-        make()(torch.zeros(1, 65, dtype=torch.long))
+    net = make(n_layer=1)
+    with pytest.raises(UserError, match="65 tokens do not fit: crop the text to block_size=64"):
+        net(torch.zeros(1, 65, dtype=torch.long))
+    assert net(torch.zeros(1, 64, dtype=torch.long)).logits.shape == (1, 1, 97)
 
 
-def test_pick_against_a_plain_reference():
-    """top-k and top-p keep exactly the tokens that their definitions name."""
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)) * 2
-    probs = (logits / 0.7).softmax(-1)[0]
-    ranked = sorted(range(50), key=lambda i: -probs[i])
-    for top_k, top_p in [(0, 1.0), (5, 1.0), (0, 0.6), (7, 0.8), (1, 1.0), (0, 1e-6), (50, 1.0), (99, 1.0)]:
-        kept, mass = [], 0.0
-        pool = ranked[:top_k] if top_k else ranked
-        total = sum(probs[i].item() for i in pool)
-        for i in pool:
-            if mass / total >= top_p:
-                break
-            kept.append(i)
-            mass += probs[i].item()
-        drawn = pick(logits.expand(4000, -1).clone(), 0.7, top_k, top_p, torch.Generator().manual_seed(2))
-        assert set(drawn.tolist()) <= set(kept)
-        frequency = (drawn == kept[0]).float().mean().item()
-        assert frequency == pytest.approx(probs[kept[0]].item() / mass, abs=0.04)
-    assert pick(logits, 0.0, 0, 1.0, None).item() == ranked[0]
+def test_the_head_is_the_embedding():
+    net = make()
+    assert not [name for name, _ in net.named_parameters() if "head" in name]
+    x = torch.randn(2, 3, 64)
+    torch.testing.assert_close(net.head(x), net.norm(x) @ net.embed.weight.t())

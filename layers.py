@@ -1,0 +1,171 @@
+"""The parts of a trunk that are not attention: linear maps, RMSNorm, SwiGLU, and the loss over a large vocabulary.
+
+Backwards are written by hand where that keeps less than autograd would; a second derivative is refused. Modules take
+widths, never a configuration, and fill the parameters of their own in `init_weights`.
+
+Letters in shapes: N rows (tokens of all texts), D model width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORE = -1  # targets that the loss skips
+# A loss makes at most this many logits at a time, and returns them only if that is all of them (128 MiB in fp32).
+MAX_LOGITS = 2**25
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T. Compiled for a single row on a CPU it is written as a sum, of which Inductor makes a loop over the rows of
+    the weight: that reads it at twice the rate of the library's product, and nothing else bounds such a step."""
+    single_row = x.numel() == weight.size(1)
+    if single_row and x.device.type == "cpu" and torch.compiler.is_compiling():
+        return (x.float().unsqueeze(-2) * weight.float()).sum(-1).to(x.dtype)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """A linear map without bias, see `linear`."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__(width_in, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """RMSNorm on a CPU, where torch's keeps the normed input too. This keeps its input, as the residual line does, and
+    one number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        grad = grad.to(rstd.dtype)
+        normed = x * rstd
+        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        grad_x = rstd * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned gain over the last axis (arXiv:1910.07467, eq. 4)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)  # the fused kernel wants one dtype; under autocast the input may be bf16
+        if x.requires_grad and not x.is_cuda:
+            return RMSNormFunction.apply(x, weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, weight, self.eps)
+
+
+class GatedDown(torch.autograd.Function):
+    """(silu(gate) * up) W^T of gate and up side by side. It keeps those two alone for the backward, which makes the
+    product again: one pass over it, for half of what a SwiGLU would keep and a quarter of what a layer keeps."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        grad_product = grad @ weight
+        grad_weight = grad.flatten(0, -2).t() @ (silu * up).flatten(0, -2)
+        grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
+        return torch.cat((grad_gate, grad_product * silu), dim=-1), grad_weight
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), gate and up as one projection (arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_up = Linear(width, 2 * hidden)
+        self.down = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up(x)
+        if gate_up.requires_grad:
+            return GatedDown.apply(gate_up, self.down.weight.to(gate_up.dtype))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with x is computed in: autocast's dtype where that is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of x W^T against targets, `rows` rows of logits at a time. The gradients are made in the
+    forward, where the logits of a chunk are at hand: three products, none twice, and never more than one chunk of fp32
+    logits. `grads`: whether there will be a backward (needs_input_grad is true for a weight in evaluation too)."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, dtype: torch.dtype, grads: bool):
+        x, weight = x_ND.to(dtype), weight_VD.to(dtype)
+        grad_x = torch.empty_like(x_ND) if grads else None
+        grad_weight = torch.zeros_like(weight_VD) if grads else None
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        for start in range(0, x.size(0), rows):
+            chunk = slice(start, start + rows)
+            kept = (targets_N[chunk] != IGNORE)[:, None]
+            index = targets_N[chunk][:, None] * kept  # any other target outside of the vocabulary fails at the gather
+            logits = (x[chunk] @ weight.t()).float()
+            norm = logits.logsumexp(-1, keepdim=True)
+            loss += ((norm - logits.gather(1, index)) * kept).sum()
+            if not grads:
+                continue
+            grad = logits.sub_(norm).exp_()  # d loss / d logits = softmax - onehot, written over the logits
+            grad.scatter_add_(1, index, torch.full_like(norm, -1.0)).mul_(kept)
+            grad = grad.to(dtype)
+            grad_x[chunk] = grad @ weight
+            if dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.t(), x[chunk])
+            else:
+                grad_weight += grad.t() @ x[chunk]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None
+
+
+def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(logits [N, V] or None, mean cross-entropy in nats, fp32) of x W^T against targets; IGNORE is skipped, any other
+    target outside of the vocabulary is an error. In one piece where the logits are at most MAX_LOGITS numbers, else
+    in chunks of rows, so that they never are in memory all at once."""
+    rows = max(1, MAX_LOGITS // weight_VD.size(0))
+    if x_ND.size(0) <= rows:
+        logits = F.linear(x_ND, weight_VD)
+        return logits, F.cross_entropy(logits.float(), targets_N, ignore_index=IGNORE)
+    grads = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    total = ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, rows, compute_dtype(x_ND), grads)
+    return None, total / (targets_N != IGNORE).sum()

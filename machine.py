@@ -1,0 +1,290 @@
+"""What this machine is and does best: every decision about a device, a precision, a backend or a compilation is made
+here, with its reason; the other files ask. Left out: several devices, float16."""
+
+import ctypes
+import functools
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from configurator import UserError
+
+EARNS_COMPILATION = 5e13  # FLOPs of a run on a CPU: some minutes, of which a compilation saves more than it takes
+EMULATED = 0.3  # bf16 products at less than this part of fp32's rate are emulated
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(requested: str) -> torch.device:
+    """The device for "auto", "cpu", "cuda" or "cuda:N"; UserError where there is no such device."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", requested):
+        raise UserError(f"device={requested!r}: use auto, cpu, cuda or cuda:N")
+    if requested != "cpu" and int(requested[5:] or 0) >= gpus:
+        raise UserError(f"device={requested!r}: torch {torch.__version__} sees no such GPU: use device=auto or cpu")
+    return torch.device(requested)
+
+
+def choose_dtype(requested: str, device: torch.device, dim: int) -> tuple[torch.dtype, str]:
+    """(dtype, reason) for "auto" or a dtype's name. A small product tells whether a CPU emulates bf16, whatever the
+    list of its features says."""
+    if requested != "auto":
+        return DTYPES[requested], "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "this GPU has bf16 instructions"
+        return torch.float32, "this GPU has no bf16 instructions"
+    features = torch.cpu.get_capabilities()
+    if not features.get("amx_bf16") and not features.get("avx512_bf16"):
+        return torch.float32, "this CPU has no bf16 instructions"
+    if dim < 256:
+        return torch.float32, "a model this narrow does not earn the casts back on a CPU"
+    if matmul_peak(device, torch.bfloat16, 256) < EMULATED * matmul_peak(device, torch.float32, 256):
+        return torch.float32, "bf16 products are slower than fp32 ones on this CPU, whatever its features say"
+    return torch.bfloat16, "this CPU has bf16 instructions"
+
+
+def choose_compile(requested: str, device: torch.device, flops: float) -> tuple[bool, str]:
+    """(whether to compile the blocks, reason) for "auto", "on" or "off" and a run of `flops` FLOPs; UserError where
+    "on" cannot be. On a CPU it gains 10-30% a step, costs 15-40 s once, and calls g++."""
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    can = device.type == "cuda" or (headers and shutil.which("g++") is not None)
+    if requested == "on" and not can:
+        raise UserError("compile='on': there is no g++ or no Python.h here: install a C++ compiler and Python's "
+                        "headers, or use compile=off")  # fmt: skip
+    if requested != "auto":
+        return requested == "on", "asked for"
+    if device.type == "cuda":
+        return True, "fuses the attention and the pointwise work on a GPU"
+    if flops < EARNS_COMPILATION:
+        return False, f"on a CPU a run of {flops:.0e} FLOPs, below {EARNS_COMPILATION:.0e}, does not earn it back"
+    if not can:
+        return False, "there is no g++ or no Python.h here: slower than it could be"
+    return True, "a long run on a CPU earns the compilation back"
+
+
+class Machine(NamedTuple):  # what a run runs on
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+    peak: float  # FLOP/s, see `matmul_peak`
+    facts: dict[str, str]  # the same in words, with the reasons
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def choose_machine(device: str, dtype: str, compile: str, dim: int, flops: float) -> Machine:
+    """For a run of a model `dim` wide and of `flops` FLOPs; UserError where something cannot be as asked for."""
+    chosen = choose_device(device)
+    precision, precision_reason = choose_dtype(dtype, chosen, dim)
+    compiled, compile_reason = choose_compile(compile, chosen, flops)
+    torch.set_float32_matmul_precision("high" if chosen.type == "cuda" else "highest")
+    peak = matmul_peak(chosen, precision)
+    facts = {"device": f"{chosen}, matrix-multiply peak measured now: {peak / 1e9:,.0f} GFLOP/s",
+             "dtype": f"{precision} ({precision_reason})",
+             "compile": f"{'on, block by block' if compiled else 'off'} ({compile_reason})"}  # fmt: skip
+    return Machine(chosen, precision, compiled, peak, facts)
+
+
+def compile_blocks(blocks: Iterable[nn.Module], graphs: int = 64) -> None:
+    """torch.compile in place, module by module. `graphs`: letters x shapes x modes, since all share Block.forward."""
+    torch._dynamo.config.recompile_limit = graphs
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False)
+
+
+def flex_problem(device: str, width: int, compiled: bool, grad: bool) -> str:
+    """Why FlexAttention cannot do this ("" where it can)."""
+    if not compiled:
+        return "FlexAttention needs torch.compile, uncompiled it is 14-50x slower: set compile=on"
+    if device == "cpu" and grad:
+        return "FlexAttention has no backward on a CPU: set attn_backend=auto or sdpa"
+    if device == "cuda" and width < 16:
+        return f"FlexAttention on CUDA needs heads of at least 16 channels, these have {width}: set attn_backend=auto"
+    return ""
+
+
+def choose_backend(requested: str, device: str, width: int, compiled: bool, grad: bool) -> tuple[str, str]:
+    """(backend, reason) for "auto", "flex" or "sdpa"; UserError where "flex" cannot be. "auto" takes FlexAttention on
+    CUDA inside torch.compile (one fused kernel forward, two backward; a window costs only the tiles it touches), else
+    scaled_dot_product_attention, whose CPU kernel reads strided views and shares the key/value heads."""
+    if requested == "sdpa":
+        return "sdpa", "asked for"
+    problem = flex_problem(device, width, compiled, grad)
+    if requested == "flex":
+        if not compiled and not grad:
+            return "sdpa", "generation is not compiled, whatever trains"
+        if problem:
+            raise UserError(f"attn_backend=flex cannot work here: {problem}")
+        return "flex", "asked for"
+    if device != "cuda":
+        return "sdpa", f"the fused kernel that trains on {device}"
+    return ("sdpa", problem) if problem else ("flex", "compiled on CUDA")
+
+
+@functools.lru_cache(maxsize=32)
+def causal_block_mask(T: int, window: int, device: torch.device) -> BlockMask:
+    """The causal BlockMask of T tokens, cut to the last `window` keys (0 = all): all T*T pairs, once for a shape."""
+    reach = window or T
+
+    def visible(b, h, q, k):
+        return (q >= k) & (q - k < reach)
+
+    return create_block_mask(visible, None, None, T, T, device)
+
+
+class PackedLinear(nn.Module):
+    """A linear map for inference on a CPU, its weights in the block order of oneDNN, which a product of few rows reads
+    at 1.3-2 times the rate of plain ones. The operators are torch's own, but private to the pinned version."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.packed.dtype), self.packed, None, "none", [], "")
+
+
+def packing_problem(device: torch.device, dtype: torch.dtype) -> str:
+    """Why `PackedLinear` cannot be used here ("" where it can): found out by trying it."""
+    if device.type != "cpu":
+        return "packed weights are for a CPU"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    try:
+        PackedLinear(torch.zeros(16, 16, dtype=dtype))(torch.zeros(1, 16, dtype=dtype))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        return f"oneDNN cannot pack {str(dtype).removeprefix('torch.')} weights on this CPU ({reason})"
+    return ""
+
+
+def sync(device: torch.device) -> None:
+    """Wait until the device has done all that it was given, so that a clock read next is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call, device: torch.device) -> float:
+    """Seconds of `call()`, all its work on the device included."""
+    sync(device)
+    start = time.perf_counter()
+    call()
+    sync(device)
+    return time.perf_counter() - start
+
+
+def best_of_seven(call, device: torch.device) -> float:
+    """The shortest of seven times; of fewer, where those take more than two seconds."""
+    times = []
+    while len(times) < 7 and sum(times) < 2:
+        times.append(seconds_of(call, device))
+    return min(times)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
+    """FLOP/s of a large square matrix product (of `n` rows), measured now: the peak that MFU is a part of."""
+    n = n or (8192 if device.type == "cuda" else 1024)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / best_of_seven(lambda: a @ a, device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a large copy, read and written, measured now: what decoding at batch 1 is bound by."""
+    a = torch.zeros(2**26 if device.type == "cpu" else 2**28, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / best_of_seven(lambda: b.copy_(a), device)
+
+
+def in_turns(calls: dict, rounds: int, device: torch.device, limit: float = math.inf) -> dict:
+    """Seconds of every call in every round; one round of warm-up is not counted. After `limit` seconds no further round
+    begins once there are three, after three times as many once there is one."""
+    seconds: dict[object, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for turn in range(rounds + 1):
+        if turn > 1 and time.perf_counter() - began > (limit if turn > 3 else 3 * limit):
+            break
+        for name, call in calls.items():
+            taken = seconds_of(call, device)
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median of the ratios of each round, whose both times a slow phase of the machine is in."""
+    return median(a / b for a, b in zip(times, others, strict=True))
+
+
+def spread(times: list[float]) -> float:
+    """Interquartile range over median."""
+    low, middle, high = quantiles(times * 2 if len(times) == 1 else times, method="inclusive")
+    return (high - low) / middle
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        return 1024 * int(meminfo.read_text().partition("MemAvailable:")[2].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_of(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Megabytes before `call`, at most during it, and the difference, by the device's own counter."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # else the call finds room that was freed before
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before = int(re.search(r"VmRSS:\s*(\d+)", status.read_text())[1]) * 1024
+    call()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    return {"base_mb": before / 1e6, "peak_mb": peak / 1e6, "step_mb": (peak - before) / 1e6}
+
+
+def in_child(call: Callable, *args):
+    """`call(*args)` in a process of its own, whose peak is nobody else's; None where the system killed it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(call, *args).result()
+        except BrokenProcessPool:
+            return None
+
+
+def describe(device: torch.device) -> dict[str, str | int | None]:
+    """What a measurement must name."""
+    cpu = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        cpu = cpuinfo.read_text().partition("model name")[2].partition("\n")[0].strip("\t :") or cpu
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"device": str(device), "gpu": gpu, "cpu": cpu, "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}  # fmt: skip

@@ -1,0 +1,166 @@
+"""Draw stored numbers: `python plot.py FILE_OR_RUN [...] [--out=PATH.png] [--x=steps|tokens|flops|seconds]`.
+
+- Runs, any number: folders with a log.jsonl, or the log files: training loss and validation bits per byte.
+- A JSON of bench.py or scaling.py: a chart for every table, in PATH_table.png where there are several.
+It reads files and nothing else. matplotlib is not in requirements.txt: pip install matplotlib.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from configurator import UserError, build, cli, need, parse
+
+AXES = ("steps", "tokens", "flops", "seconds")
+SCALING = ("ms_per_token", "routed_fraction", "recursing")
+BARS = ("of_layer_1024", "ms", "step_mb")  # a bar's length: the first of these that a row has
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    out: str = "plot.png"  # the picture's file
+    x: str = "steps"  # of runs: steps, tokens, flops or seconds
+
+    def __post_init__(self):
+        need(self, "x", self.x in AXES, f"use {', '.join(AXES)}")
+        need(self, "out", self.out.endswith(".png"), "name a .png file")
+        need(self, "out", Path(self.out).parent.is_dir(), "its folder does not exist: make it first")
+
+
+def read_run(path: Path, x: str) -> dict[str, tuple[list[float], list[float]]]:
+    """A log.jsonl's curves: places and values. A line that was cut is skipped."""
+    curves: dict[str, tuple] = {"loss": ([], []), "val_bpb": ([], []), "final": ([], [])}
+    at = logged = dict.fromkeys(AXES, 0.0)
+    pace = tokens = flops = math.nan
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = dict(json.loads(line))
+        except (ValueError, TypeError):  # cut, or of another kind of file
+            continue
+        if "started" in record or "resumed_at" in record:
+            sizes = ("batch_size", "block_size", "gradient_accumulation_steps")
+            tokens = math.prod(record.get("config", {}).get(name, math.nan) for name in sizes)
+            flops = tokens * record.get("flops_per_token", math.nan)
+        if "step" not in record:
+            continue
+        pace = record.get("ms", 1e3 * pace) / 1e3  # mean of the steps since the last line that has one
+        done, since = record["step"] - at["steps"], record["step"] - logged["steps"]
+        at = {"steps": record["step"], "tokens": at["tokens"] + done * tokens, "flops": at["flops"] + done * flops,
+              "seconds": logged["seconds"] + (since * pace if since else 0)}  # fmt: skip
+        if "ms" in record:
+            logged = at
+        for name in ("loss", "val_bpb"):
+            if record.get(name) is not None:
+                places, values = curves["final" if record.get("final") else name]
+                places.append(at[x])
+                values.append(record[name])
+    found = [place for places, _ in curves.values() for place in places]
+    if not found:
+        raise UserError(f"{str(path)!r} has no step of a run: give a log.jsonl of train.py")
+    if any(map(math.isnan, found)):
+        raise UserError(f"{str(path)!r} does not say its {x}: use --x=steps")
+    return curves
+
+
+def draw_runs(runs: dict[str, dict], x: str, figure) -> None:
+    upper, lower = figure.subplots(2, sharex=True)
+    for i, (name, curves) in enumerate(runs.items()):
+        upper.plot(*curves["loss"], color=f"C{i}", label=name)
+        lower.plot(*curves["val_bpb"], color=f"C{i}", marker="o")
+        lower.plot(*curves["final"], "*", color=f"C{i}", markersize=12)
+    upper.set(ylabel="training loss, nats per token")
+    lower.set(xlabel=x, ylabel="validation, bits per byte (star: all of it)")
+
+
+def name_of(row: dict, keys: str) -> str:
+    return " ".join(str(row[key]) for key in keys.split() if key in row)
+
+
+def draw_length(rows: list[dict], _: str, figure) -> None:
+    """Time over the text's length, a line for every contestant."""
+    axes = figure.subplots()
+    for name in dict.fromkeys(name_of(row, "level mix dtype mode") for row in rows):
+        points = [(row["T"], row["ms"]) for row in rows if name_of(row, "level mix dtype mode") == name]
+        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel="T, tokens", ylabel="forward and backward, ms")
+
+
+def draw_scaling(rows: list[dict], _: str, figure) -> None:
+    """Over the parameters what was measured, the fit with its interval, and what it predicts."""
+    for axes, key in zip(figure.subplots(len(SCALING), sharex=True), SCALING, strict=True):
+        for row in rows:
+            if row["level"] == "fit" and row["mix"] == key:
+                x, y, low, high = zip(*row["curve"], strict=True)
+                axes.plot(x, y, label="fit")
+                axes.fill_between(x, low, high, alpha=0.2, label="95% prediction interval")
+        for level, marker in (("scaling", "o"), ("predicted", "D")):
+            found = [row for row in rows if row["level"] == level and key in row]
+            axes.plot([row["params"] for row in found], [row[key] for row in found], marker, label=level)
+        axes.set(xscale="log", yscale="log" if key == "ms_per_token" else "linear", ylabel=key, xlabel="parameters")
+
+
+def draw_bars(rows: list[dict], _: str, figure) -> None:
+    """A bar for every row, coloured by dtype and mode."""
+    axes = figure.subplots()
+    key = next(key for key in BARS if key in rows[0])
+    rows = [row for row in rows if key in row]
+    for kind in dict.fromkeys(name_of(row, "dtype mode") for row in rows):
+        places = [i for i, row in enumerate(rows) if name_of(row, "dtype mode") == kind]
+        axes.barh(places, [rows[i][key] for i in places], label=kind or None)
+    axes.set_yticks(range(len(rows)), [name_of(row, "level mix B T") for row in rows], fontsize="small")
+    axes.set(xlabel=key, ylim=(len(rows) - 0.5, -0.5))
+
+
+def charts_of(path: Path) -> dict[str, tuple]:
+    """The charts of a JSON's tables, (function, what to draw, inches of height) by table."""
+    try:
+        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{str(path)!r} is no JSON of bench.py or scaling.py: give one, or runs") from None
+    charts = {}
+    for table, rows in tables.items():
+        rows = [row for row in rows if {*BARS, "ms_per_token", "curve"} & row.keys()]
+        if rows:
+            draw = {"length": draw_length, "scaling": draw_scaling}.get(table, draw_bars)
+            charts[table] = draw, rows, 1.5 + len(rows) / 5 if draw == draw_bars else 7
+    if not charts:
+        raise UserError(f"{str(path)!r} has no rows to draw: every one was left out")
+    return charts
+
+
+def main(argv: list[str]) -> int:
+    words = [word for word in argv if word.startswith("-") or word.endswith(".toml")]
+    paths = [Path(word) for word in argv if word not in words]
+    (options,) = build(parse(words, PlotConfig, doc=__doc__), PlotConfig)
+    if not paths:
+        raise UserError("nothing to draw: name runs, or a JSON of bench.py or scaling.py")
+    paths = [path / "log.jsonl" if path.is_dir() else path for path in paths]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{str(path)!r} does not exist: name a run's folder, its log.jsonl or a JSON of tables")
+    tables = [path for path in paths if path.suffix == ".json"]
+    if tables and len(paths) > 1:
+        raise UserError(f"{str(paths[1])!r}: tables are drawn from one JSON at a time: leave it out")
+    if tables:
+        charts = charts_of(paths[0])
+    else:
+        runs = {path.parent.name or str(path): read_run(path, options.x) for path in paths}
+        charts = {"": (draw_runs, runs, 7)}
+    try:
+        Figure = import_module("matplotlib.figure").Figure
+    except ImportError as error:
+        raise UserError("plot.py needs matplotlib, which is not installed: pip install matplotlib") from error
+    for name, (draw, what, height) in charts.items():
+        figure = Figure((11, height), layout="constrained")
+        draw(what, options.x, figure)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
+        out = options.out if len(charts) == 1 else f"{options.out.removesuffix('.png')}_{name}.png"
+        figure.savefig(out)
+        print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

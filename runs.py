@@ -1,0 +1,224 @@
+"""The files of a run: config.toml, log.jsonl, last.pt and best.pt, each whole or absent.
+
+A checkpoint that lacks an option of today loads with its default and says so; one with an option that is unknown today
+is refused. log.jsonl has a header for every start, then a JSON object a line.
+"""
+
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+FILES = ("last.pt", "best.pt", "log.jsonl", "config.toml")
+PARTS = ("model", "model_config", "train_config", "fingerprint", "tokenizer", "step", "best")  # of a checkpoint
+
+
+@dataclass
+class Progress:
+    """What the next step depends on besides the weights and the optimiser."""
+
+    step: int = 0
+    best: float = math.inf  # lowest validation loss
+    skipped: int = 0  # steps without an update
+    streak: int = 0  # of them in a row
+    clipped: int = 0  # updates whose gradient was clipped, since the last log line
+    counted: int = 0  # updates since the last log line
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary path)`, then rename; UserError where that fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name with none of the bytes
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path} ({error}): free some space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | str = "cpu") -> tuple[dict, list[str]]:
+    """(a checkpoint, what was missing in it). Its parts `kinds` are dictionaries of the fields of those dataclasses.
+    UserError if it is missing, damaged, foreign, or has a field that its dataclass lacks."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = f"it is damaged or foreign ({type(error).__name__})"
+        raise UserError(f"{path} is no checkpoint of this project, {reason}: restore or delete it") from error
+    if not isinstance(checkpoint, dict) or not set(PARTS) <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of this project, parts are missing: restore or delete it")
+    notes = []
+    for part, kind in kinds.items():
+        stored = checkpoint[part]
+        unknown = stored.keys() - {field.name for field in fields(kind)}
+        if unknown:
+            raise UserError(f"{path} has the option {min(unknown)!r}, which this version of the project does not know: "
+                            "use the version that wrote it, or train anew")  # fmt: skip
+        for field in fields(kind):
+            if field.name not in stored:
+                stored[field.name] = field.default
+                notes.append(f"{path} is older than the option {field.name}, which is {field.default!r} for it")
+    return checkpoint, notes
+
+
+def resumable(out: Path, given: dict, model_config: type, train_config: type) -> tuple[dict, list[str]]:
+    """`load_checkpoint` of a run to go on with; UserError where an option of `given` would make it another run."""
+    checkpoint, notes = load_checkpoint(out / "last.pt", {"model_config": model_config, "train_config": train_config})
+    trained = checkpoint["train_config"]
+    fixed = checkpoint["model_config"] | {"tokenizer": trained["tokenizer"]}
+    for name, value in fixed.items():
+        if name != "attn_backend" and given.get(name, value) != value:
+            raise UserError(f"{name}={given[name]!r}: the run in {out} has {value!r}, which --resume cannot change: "
+                            "leave it out, or start another run with --out_dir=PATH")  # fmt: skip
+    steps = given.get("max_iters", trained["max_iters"])
+    if steps < checkpoint["step"]:
+        raise UserError(f"max_iters={steps}: the run in {out} is at step {checkpoint['step']}: ask for more")
+    return checkpoint, notes
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def set_aside(out: Path) -> str:
+    """Move an earlier run's files into a numbered folder of OUT_DIR, so that a new run overwrites nothing."""
+    old = [out / name for name in FILES if (out / name).exists()]
+    if not old:
+        return ""
+    number = 1
+    while (out / f"run-{number}").exists():
+        number += 1
+    folder = out / f"run-{number}"
+    folder.mkdir()
+    for path in old:
+        path.rename(folder / path.name)
+    return f"{out} held a run: its files are in {folder} now (--resume would have continued it)"
+
+
+def truncate_log(path: Path, step: int, evaluates: bool) -> float:
+    """Drop the records that a run resumed at `step` writes again: later steps and, if it `evaluates` at once, that
+    step's evaluations. Returns the lowest validation loss of the others, which no checkpoint needs to have seen."""
+    kept = ""
+    best = math.inf
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        if not line.endswith("}"):  # it was cut
+            continue
+        record = json.loads(line)
+        first = step if evaluates and "val_bpb" in record else step + 1
+        if record.get("step", 0) < first:
+            kept += line + "\n"
+            if record.get("best"):
+                best = min(best, record["val_loss"])
+    write_text(path, kept)
+    return best
+
+
+class RunLog:
+    """log.jsonl, line by line; lines for people are printed too."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def start(self, step: int, resumed: bool, facts: dict) -> None:
+        """The header: what was run, and with what."""
+        versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+        self.write({"resumed_at" if resumed else "started": step, **facts, "git": git_hash(), **versions})
+
+    def write(self, record: dict) -> None:
+        """A record; JSON has no NaN, so numbers that are not finite become null."""
+        entry = dict(record)
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                entry[name] = None
+        self.file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+    def skipped(self, progress: Progress, problem: str) -> None:
+        self.write({"step": progress.step, "skipped": problem})
+        text = f"{problem} is not finite: update skipped ({progress.skipped} so far)"
+        print(f"step {progress.step:5d} | {text}", flush=True)
+
+    def evaluation(self, record: dict) -> None:
+        self.write(record)
+        text = "step {step:5d} | validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte".format_map(record)
+        print(text + (" (best)" if record["best"] else ""), flush=True)
+
+    def step(self, steps: int, record: dict, routing: dict[str, float]) -> None:
+        """A step of `steps` in all."""
+        self.write(record | routing)
+        text = ("step {step:5d} | {done:4.0%} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
+                "clipped {clipped:4.0%} | {ms:.0f} ms | {tokens_per_s:,.0f} tokens/s | MFU {mfu:.0%}")  # fmt: skip
+        text = text.format(done=record["step"] / steps, **record)
+        for name, value in routing.items():
+            text += f" | {name} {value:.3f}"
+        minutes, seconds = divmod(int(record["eta_s"]), 60)
+        print(f"{text} | ETA {minutes}:{seconds:02d}", flush=True)
+
+
+def check_text(checkpoint: dict, ids: dict[str, str], out: Path, data: str) -> None:
+    """UserError where a resumed run would not see the text and the tokens that it began with."""
+    for name, what in (("fingerprint", "text"), ("tokenizer", "tokenizer")):
+        if checkpoint[name] != ids[name]:
+            change = f"({ids[name][:12]}, not {checkpoint[name][:12]})"
+            raise UserError(f"data={data!r}: the {what} has changed since the run in {out} began {change}: restore it, "
+                            "or start another run with --out_dir=PATH")  # fmt: skip
+
+
+def open_folder(out: Path, toml: str, resumed_at: int | None, evaluates: bool) -> tuple[RunLog, str, float]:
+    """The run's log, what became of an earlier run, and the lowest validation loss so far; UserError where the folder
+    cannot be written."""
+    aside = ""
+    best = math.inf
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if resumed_at is None:
+            aside = set_aside(out)
+        else:
+            best = truncate_log(out / "log.jsonl", resumed_at, evaluates)
+        write_text(out / "config.toml", toml)
+        return RunLog(out / "log.jsonl"), aside, best
+    except OSError as error:
+        raise UserError(f"out_dir={str(out)!r}: {error.strerror}: choose a folder that can be written") from error
+
+
+def stop_on_signals() -> list[int]:
+    """A list that SIGINT and SIGTERM add themselves to; a second one does not wait for the step to end."""
+    stop: list[int] = []
+
+    def ask_to_stop(signum: int, frame: object) -> None:
+        signal.signal(signum, signal.default_int_handler)
+        stop.append(signum)
+        os.write(2, b"stopping after this step (once more: at once, unsaved)\n")  # print is not safe in a handler
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, ask_to_stop)
+    return stop
+
+
+def git_hash() -> str:
+    """The commit of this code, "unknown" outside of a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

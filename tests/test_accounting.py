@@ -1,0 +1,233 @@
+"""What accounting.py counts from the modules, against the closed formulas of formulas.py and against torch's own count:
+parameters, FLOPs and the bytes of a state, of every letter and ablation, routed or not."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import formulas
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import accounting
+from attention import KINDS
+from configurator import parse
+from generate import new_state, prefill
+from model import Hydra, HydraConfig
+from routing import Router
+from train import TrainConfig
+
+ROOT = Path(accounting.__file__).parent
+SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, compression=2, latent_head_dim=0,
+             mlp_ratio=1.0)  # fmt: skip
+SMALL = dict(latent_head_dim=0, vocab_size=50257, block_size=1024, dim=768, n_head=12, n_kv_head=3,
+             n_layer=24, mlp_ratio=3.0)  # fmt: skip
+MEDIUM = SMALL | dict(dim=896, n_head=14, n_kv_head=2, mlp_ratio=3.5)
+LARGE = SMALL | dict(dim=1024, n_head=16, n_kv_head=4, mlp_ratio=4.0)
+CHANGES = [{}, {"conv_kernel": 0}, {"conv_kernel": 1}, {"compression": 4}, {"compression": 8, "n_kv_head": 4},
+           {"latent_ratio": 0.25}, {"latent_head_dim": 16}, {"value_shift": False}, {"qk_gain": 0.0}, {"window": 7},
+           {"n_layer": 5}]  # fmt: skip
+ROUTED = [{"mod_capacity": 0.125}, {"mod_capacity": 0.75}, {"mor_recursions": 3}, {"mor_recursions": 2},
+          {"mod_capacity": 0.5, "mor_recursions": 3}]  # fmt: skip
+ALL = "AGMLCC"  # routers, where there are any, stand before a G, an L and a C
+SHAPES = [(ALL, changes) for changes in [*CHANGES, *ROUTED]]
+for one in formulas.LETTERS:
+    SHAPES += [(one, {}), (one, ROUTED[-1])]
+every_shape = pytest.mark.parametrize("pattern, changes", SHAPES, ids=str)
+
+
+def shape(pattern=ALL, **changes) -> HydraConfig:
+    return HydraConfig(**SHAPE | {"pattern": pattern, "n_layer": max(3, len(pattern))} | changes)
+
+
+def torch_flops(config: HydraConfig, B: int, T: int) -> int:
+    """torch's count of a training forward, told of the CPU's attention kernel."""
+
+    def core(q, k, v, *args, out_val=None, **kwargs):
+        return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+    core._get_raw = True
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    idx = torch.zeros(B, T, dtype=torch.long)
+    net = Hydra(config)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={kernel: core}) as counter:
+        net(idx, idx)
+    return counter.get_total_flops()
+
+
+# ---- parameters
+
+
+def test_the_skeleton_holds_no_numbers_and_is_made_once():
+    config = HydraConfig(**LARGE | {"n_layer": 96})
+    assert {p.device.type for p in accounting.skeleton(config).parameters()} == {"meta"}
+    assert accounting.skeleton(config) is accounting.skeleton(HydraConfig(**LARGE | {"n_layer": 96}))
+
+
+@every_shape
+def test_parameters_are_those_of_the_formula_and_of_the_model(pattern, changes):
+    config = shape(pattern, **changes)
+    net = Hydra(config)
+    assert accounting.count_params(config) == formulas.count_params(config)
+    assert accounting.count_params(config) == sum(p.numel() for p in net.parameters())
+    assert accounting.count_params(net) == accounting.count_params(config)
+    for letter, block in zip(config.layers, net.blocks, strict=True):
+        assert accounting.count_params(block.attn) == formulas.attention_params(config, letter)
+
+
+@pytest.mark.parametrize("letter", KINDS)
+def test_letters_without_a_formula_are_counted_too(letter):
+    config = shape(letter, mod_capacity=0.5, mor_recursions=2)
+    net = Hydra(config)
+    assert accounting.count_params(config) == sum(p.numel() for p in net.parameters())
+    assert accounting.state_bytes(config, 40, 4, allocated=True) == new_state(net, 1, 40).bytes()
+    matrices = sum(p.numel() for p in net.blocks[0].attn.parameters() if p.dim() > 1)
+    assert accounting.attention_flops(net.blocks[0].attn, 40) > 2 * matrices
+
+
+def test_routers_are_a_vector_each():
+    dense = accounting.count_params(shape())
+    assert accounting.count_params(shape(mod_capacity=0.5)) - dense == 3 * 64
+    assert accounting.count_params(shape(mor_recursions=3)) - dense == 2 * 64
+    assert accounting.count_params(shape(mod_capacity=0.5, mor_recursions=3)) - dense == 5 * 64
+
+
+@pytest.mark.parametrize("named, millions", [(SMALL, 186.8), (MEDIUM, 287.4), (LARGE, 389.9)])
+def test_the_named_shapes(named, millions):
+    config = HydraConfig(**named)
+    assert accounting.count_params(config) == formulas.count_params(config)
+    assert round(accounting.count_params(config) / 1e6, 1) == millions
+
+
+SCALES = {"100m": (768, 32, 12, 3), "250m": (1024, 48, 16, 4), "500m": (1536, 64, 24, 4), "750m": (1792, 80, 28, 4),
+          "900m": (2048, 80, 32, 4), "1000m": (2048, 96, 32, 8), "1500m": (2560, 120, 40, 8),
+          "4b": (4096, 160, 64, 8)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_the_scales_have_the_report_s_shapes_and_the_stated_parameters(name):
+    path = ROOT / "config" / f"scale_{name}.toml"
+    given = parse([str(path)], HydraConfig, TrainConfig)
+    config = HydraConfig(**{key: value for key, value in given.items() if key in HydraConfig.__dataclass_fields__})
+    assert (config.dim, config.n_layer * config.mor_recursions, config.n_head, config.n_kv_head) == SCALES[name]
+    assert config.n_layer % 8 == 0 and (config.pattern, config.vocab_size) == ("MMCCCLML", 50257)
+    assert accounting.count_params(config) == formulas.count_params(config)
+    stated = re.search(r"([\d,]+) parameters", path.read_text())[1]
+    assert int(stated.replace(",", "")) == accounting.count_params(config)
+
+
+# ---- FLOPs
+
+
+@every_shape
+def test_flops_are_those_of_the_formula(pattern, changes):
+    config = shape(pattern, **changes)
+    for T in (1, 2, 7, 8, 40, 64):
+        assert accounting.flops_per_token(config, T) == pytest.approx(formulas.flops_per_token(config, T), rel=1e-12)
+        for letter, block in zip(config.layers, accounting.skeleton(config).blocks, strict=True):
+            expected = formulas.attention_flops(config, letter, T)
+            assert accounting.attention_flops(block.attn, T) == pytest.approx(expected, rel=1e-12)
+        layers = accounting.layer_flops(config, T)
+        expected = [tokens * (formulas.attention_flops(config, letter, tokens) + 6 * config.dim * config.mlp_hidden)
+                    for letter, tokens in formulas.layer_tokens(config, T)]  # fmt: skip
+        assert layers == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("pattern, changes", [it for it in SHAPES if "window" not in it[1]], ids=str)
+def test_flops_are_those_that_torch_counts(pattern, changes):
+    config = shape(pattern, **changes)
+    assert torch_flops(config, 2, 40) == pytest.approx(2 * formulas.torch_flops(config, 40), rel=1e-12)
+
+
+def test_windowed_flops_count_the_visible_pairs():
+    pairs = sum(min(t + 1, 8) for t in range(64))
+    full = accounting.flops_per_token(shape("M", n_layer=1), 64)
+    windowed = accounting.flops_per_token(shape("M", n_layer=1, window=8), 64)
+    scores = windowed - (full - 2 * 64 * 64)
+    assert scores == pytest.approx(4 * 64 * (pairs - 64 / 2 * 8 / 64) / 64, rel=1e-3)  # the mean of t keys, not t+1
+    assert accounting.flops_per_token(shape("M", n_layer=1, window=64), 64) == full
+    assert accounting.flops_per_token(shape("C", window=8), 64) == accounting.flops_per_token(shape("C"), 64)
+
+
+def test_flops_fall_with_the_capacity_and_rise_with_the_recursions():
+    T = 40
+    flops = [accounting.flops_per_token(shape(mod_capacity=part), T) for part in (0.125, 0.25, 0.5)]
+    dense = accounting.flops_per_token(shape(), T)
+    assert flops == sorted(flops) and flops[-1] < dense
+    recursive = accounting.flops_per_token(shape(mor_recursions=3), T)
+    assert dense < recursive < 3 * dense
+
+
+# ---- states
+
+
+@every_shape
+def test_state_bytes_are_those_of_the_formula_and_of_the_state(pattern, changes):
+    config = shape(pattern, **changes)
+    net = Hydra(config)
+    for T in (1, 7, 40):
+        tail = formulas.tail_bytes(config)
+        assert accounting.state_bytes(config, T) == formulas.kv_bytes(config, T) + tail
+        allocated = accounting.state_bytes(config, T, allocated=True)
+        assert allocated == formulas.kv_bytes(config, T, allocated=True) + tail
+        assert accounting.state_bytes(config, T, 4, allocated=True) == 2 * allocated
+        for B in (1, 3):
+            assert new_state(net, B, T).bytes() == B * 2 * allocated  # fp32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert new_state(net, 3, 40).bytes() == 3 * allocated
+    assert new_state(net.to(torch.bfloat16), 3, 40).bytes() == 3 * allocated
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["M", "C", "L", "LMMCCL"])
+@pytest.mark.parametrize("changes", [*ROUTED, {"mod_capacity": 0.5, "window": 5}], ids=str)
+def test_routers_at_their_training_capacity_fill_what_is_counted(pattern, changes, monkeypatch):
+    """What is allocated does not depend on them."""
+    config = shape(pattern, n_layer=6, **changes)
+    net = Hydra(config).eval()
+    B = 3
+    T = 40
+    allowed = []  # tokens that each router lets pass, in the order of the calls
+    for recursion, tokens in enumerate(formulas.recursion_tokens(config, T)):
+        if recursion:
+            allowed.append(tokens)
+        allowed += [max(1, int(config.mod_capacity * tokens))] * len(net.depth_routers)
+    allowed = iter(allowed)
+
+    def first_ones(self, x_BTD):
+        return (torch.arange(x_BTD.size(1)) < next(allowed)).float().expand(x_BTD.shape[:2]) - 0.5
+
+    monkeypatch.setattr(Router, "forward", first_ones)
+    state = new_state(net, B, T)
+    assert state.bytes(filled=True) == B * formulas.tail_bytes(config, 4)
+    prefill(net, torch.zeros(B, T, dtype=torch.long), state)
+    assert next(allowed, None) is None
+    assert state.bytes(filled=True) == B * accounting.state_bytes(config, T, 4)
+    assert state.bytes() == B * accounting.state_bytes(config, T, 4, allocated=True)
+    dense = replace(config, mod_capacity=0.0, mor_recursions=1)
+    everything = accounting.state_bytes(config, T, allocated=True)
+    assert everything == config.mor_recursions * accounting.state_bytes(dense, T)
+    assert accounting.state_bytes(config, T) < everything or config.window
+
+
+def test_state_bytes_of_the_architecture_page():
+    config = HydraConfig(**SMALL)
+    attns = {letter: KINDS[letter].make(config) for letter in "AGML"}
+    values = [accounting.attention_state(attn, 1) for attn in attns.values()]
+    assert values == [1536, 384, 128, 400]
+    ccqa = KINDS["C"].make(config)
+    assert accounting.attention_state(ccqa, 8) - accounting.attention_state(ccqa, 7) == 96
+    assert (accounting.state_bytes(config, 2) - accounting.state_bytes(config, 1)) / 2 / 24 == 184
+    windowed = HydraConfig(**SMALL | {"window": 100})
+    assert accounting.state_bytes(config, 1000) - accounting.state_bytes(windowed, 1000) == 2 * 900 * 128 * 9
+
+
+def test_step_bytes_hold_the_copies_and_grow_with_the_batch():
+    """Rough by purpose: the weights exactly, and at least the logits and each layer's residual line."""
+    config = shape()
+    kept, needed = accounting.step_bytes(config, 2, 40, 4)
+    assert kept == 4 * 4 * formulas.count_params(config)
+    assert needed >= 4 * (2 * 40 * config.vocab_size + config.n_layer * 2 * 40 * config.dim)
+    assert accounting.step_bytes(config, 4, 40, 4) == (kept, 2 * needed)
+    assert accounting.step_bytes(replace(config, mod_capacity=0.125), 2, 40, 4)[1] < needed

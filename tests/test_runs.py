@@ -1,0 +1,449 @@
+"""The files of a run: whole or absent, nothing overwritten, a log without repeats, checkpoints of other versions."""
+
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import (  # noqa: F401 the fixture `signals` is used by its name
+    SHAPE,
+    TEXT,
+    checkpoint,
+    equal,
+    finish,
+    options,
+    records,
+    shape,
+    signals,
+    start,
+    step_records,
+    text_tokens,
+)
+
+import runs
+import sample
+import train
+from configurator import UserError, cli
+from data import tokenizer_hash
+from model import Hydra
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The peaks of this machine, not measured."""
+    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
+    monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# ---- whole or absent
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("No space left on device")])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(UserError, match="No space left on device.*free some space"):
+        runs.write_atomically(path, fail)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_write_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+    events = []
+
+    def write(temporary: Path) -> None:
+        events.append(("write", path.read_text()))
+        temporary.write_text("new")
+
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(("fsync", path.read_text())) or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append(("replace", path.read_text())) or replace(*paths))
+    runs.write_atomically(path, write)
+    assert events == [("write", "old"), ("fsync", "old"), ("replace", "old")]
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def interrupt(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_atomically(path, interrupt)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_checkpoints_and_configurations_are_written_that_way(tmp_path, monkeypatch):
+    written = []
+    real = runs.write_atomically
+
+    def write_atomically(path, write):
+        written.append(path.name)
+        real(path, write)
+
+    monkeypatch.setattr(runs, "write_atomically", write_atomically)
+    train.main(options(tmp_path, "run", max_iters=1))
+    assert written == ["config.toml", "last.pt", "best.pt"]
+    written.clear()
+    train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=2", "--sample_tokens=0"])
+    assert written[:3] == ["log.jsonl", "config.toml", "last.pt"]
+
+
+# ---- nothing is overwritten
+
+
+def test_a_new_run_overwrites_nothing(tmp_path, capsys):
+    train.main(options(tmp_path, "run", max_iters=2))
+    before = contents(tmp_path / "run")
+    assert before.keys() == set(runs.FILES)
+    train.main(options(tmp_path, "run", max_iters=1))
+    assert contents(tmp_path / "run" / "run-1") == before
+    assert "its files are in" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "run")["step"] == 1 and records(tmp_path / "run")[0]["started"] == 0
+
+
+def test_every_earlier_run_has_its_folder(tmp_path):
+    """Whatever of a run there is; other files stay where they are."""
+    assert runs.set_aside(tmp_path) == "" and os.listdir(tmp_path) == []
+    (tmp_path / "notes.txt").write_text("mine")
+    assert runs.set_aside(tmp_path) == ""
+    for number, name in enumerate(runs.FILES, 1):
+        (tmp_path / name).write_text(name)
+        said = runs.set_aside(tmp_path)
+        assert f"run-{number} now" in said and "--resume" in said
+        assert contents(tmp_path / f"run-{number}") == {name: name.encode()}
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_a_folder_that_cannot_be_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="out_dir=.*file/run.*: choose a folder that can be written"):
+        train.main(options(tmp_path, "file/run"))
+
+
+# ---- the log
+
+
+def test_a_resumed_log_repeats_nothing(tmp_path):
+    """Headers stay; later steps go; the evaluations of the step itself go where the run evaluates again; a last line
+    that was cut goes too. The lowest validation loss is that of what stays;
+    the one at the end is over other batches."""
+    path = tmp_path / "log.jsonl"
+    lines = [{"started": 0}, {"step": 0, "val_bpb": 8.0, "val_loss": 6.0, "best": True}, {"step": 1, "loss": 2.0},
+             {"step": 2, "skipped": "loss"}, {"step": 2, "loss": 1.5},
+             {"step": 2, "val_bpb": 7.0, "val_loss": 5.0, "best": True},
+             {"step": 2, "val_bpb": 3.0, "val_loss": 2.0, "final": True}, {"resumed_at": 2},
+             {"step": 2, "val_bpb": 7.0, "val_loss": 5.5, "best": False}, {"step": 3, "loss": 1.0},
+             {"step": 4, "val_bpb": 6.0, "val_loss": 4.0, "best": True}]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+
+    def kept(step: int, evaluates: bool) -> tuple[list[dict], float]:
+        path.write_text(text + '{"step": 1, "lo')
+        best = runs.truncate_log(path, step, evaluates)
+        assert path.read_text().endswith("}\n")
+        return records(tmp_path), best
+
+    assert kept(4, False) == (lines, 4.0)
+    assert kept(4, True) == (lines[:-1], 5.0)
+    assert kept(3, False) == kept(3, True) == (lines[:10], 5.0)
+    assert kept(2, False) == (lines[:9], 5.0)
+    assert kept(2, True) == ([line for line in lines[:9] if line.get("step") != 2 or "val_bpb" not in line], 6.0)
+    assert kept(0, True) == ([{"started": 0}, {"resumed_at": 2}], math.inf)
+    assert runs.truncate_log(tmp_path / "none.jsonl", 3, True) == math.inf
+
+
+def test_a_killed_run_resumes_with_a_log_that_repeats_nothing(tmp_path):
+    """The log got further than last.pt, and its last line was cut."""
+    out = tmp_path / "run"
+    train.main(options(tmp_path, "run", max_iters=3))
+    whole = records(out)
+    with open(out / "log.jsonl", "a") as file:
+        for step in (4, 5):
+            file.write(json.dumps({"step": step, "loss": 9.0}) + "\n")
+        file.write('{"step": 6, "lo')
+    train.main([f"--out_dir={out}", "--resume", "--max_iters=4"])
+    log = records(out)
+    assert [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4] and log[-3]["loss"] != 9.0
+    assert log[: len(whole)] == whole
+    assert [r["step"] for r in log if "val_bpb" in r] == [0, 3, 3, 4, 4]
+
+
+def test_every_record_is_a_line_of_json_at_once(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    log = runs.RunLog(path)
+    log.start(3, True, {"dtype": "float32"})
+    log.write({"step": 1, "loss": math.nan, "lr": math.inf, "name": "nan", "count": 2})
+    log.skipped(runs.Progress(step=7, skipped=2), "loss")
+    log.evaluation({"step": 8, "val_loss": 2.0, "val_bpb": 3.0, "best": True})
+    log.evaluation({"step": 9, "val_loss": 2.5, "val_bpb": 3.5, "best": False})
+    step = {"step": 10, "loss": 1.0, "lr": 1e-3, "grad_norm": 2.0, "clipped": 0.25, "ms": 12.0, "tokens_per_s": 1234.0,
+            "mfu": 0.5, "eta_s": 125.9, "skipped": 0}  # fmt: skip
+    log.step(40, step, {"routed_fraction": 0.125})
+    found = records(tmp_path)  # the file is still open
+    header = found[0]
+    assert header["resumed_at"] == 3 and header["dtype"] == "float32" and header["git"] == runs.git_hash()
+    assert header["torch"] == torch.__version__ and {"numpy", "python"} <= header.keys()
+    assert found[1] == {"step": 1, "loss": None, "lr": None, "name": "nan", "count": 2}
+    assert found[2] == {"step": 7, "skipped": "loss"}
+    assert found[5] == step | {"routed_fraction": 0.125}
+    runs.RunLog(path).start(0, False, {})
+    assert records(tmp_path)[:6] == found and records(tmp_path)[6]["started"] == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "step     7 | loss is not finite: update skipped (2 so far)",
+        "step     8 | validation 2.0000 nats/token, 3.0000 bits/byte (best)",
+        "step     9 | validation 2.5000 nats/token, 3.5000 bits/byte",
+        "step    10 |  25% | loss 1.0000 | lr 1.00e-03 | norm 2.00 | clipped  25% | 12 ms | 1,234 tokens/s | MFU 50% | "
+        "routed_fraction 0.125 | ETA 2:05",
+    ]  # fmt: skip
+
+
+def test_the_commit_is_named_where_there_is_one(tmp_path, monkeypatch):
+    found = runs.git_hash()
+    assert found == "unknown" or len(found) == 40
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.git_hash() == "unknown"
+
+    def no_git(*args, **keys):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(runs.subprocess, "run", no_git)
+    assert runs.git_hash() == "unknown"
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_stops(number, capfd):
+    stop = runs.stop_on_signals()
+    assert stop == []
+    os.kill(os.getpid(), number)
+    assert stop == [number] and "stopping after this step" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+    assert stop == [number]
+
+
+# ---- checkpoints
+
+
+@dataclass
+class Options:
+    width: int = 3
+    name: str = "x"
+
+
+def stored(**parts) -> dict:
+    return dict.fromkeys(runs.PARTS, 0) | parts
+
+
+def test_a_checkpoint_is_fitted_to_the_options_of_today(tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save(stored(model_config={"width": 5, "name": "y"}), path)
+    found, notes = runs.load_checkpoint(path, {"model_config": Options})
+    assert found["model_config"] == {"width": 5, "name": "y"} and notes == []
+    torch.save(stored(model_config={"width": 5}, step=7), path)
+    found, notes = runs.load_checkpoint(path, {"model_config": Options})
+    assert found["model_config"] == {"width": 5, "name": "x"} and found["step"] == 7
+    assert notes == [f"{path} is older than the option name, which is 'x' for it"]
+    torch.save(stored(model_config={"width": 5, "colour": "red"}), path)
+    with pytest.raises(UserError, match="has the option 'colour', which this version of the project does not know"):
+        runs.load_checkpoint(path, {"model_config": Options})
+    assert runs.load_checkpoint(path, {})[1] == []
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "run" / "last.pt"
+    path.parent.mkdir()
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04 half a zip"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is no checkpoint of this project, it is damaged or foreign"):
+            train.main([*options(tmp_path, "run"), "--resume"])
+        assert contents(path.parent) == {"last.pt": content}
+    lacking = stored()
+    del lacking["best"]
+    for content in ({}, {"model": 1}, [1], torch.zeros(2), lacking):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="parts are missing"):
+            train.main([*options(tmp_path, "run"), "--resume"])
+    torch.save(stored(model=Path("/")), path)  # an object that would run code of its own
+    with pytest.raises(UserError, match="damaged or foreign"):
+        runs.load_checkpoint(path, {})
+    with pytest.raises(UserError, match="best.pt does not exist: train first"):
+        runs.load_checkpoint(path.with_name("best.pt"), {})
+
+
+def change(path: Path, **parts) -> None:
+    """Some parts of a checkpoint, replaced."""
+    torch.save(torch.load(path, weights_only=True) | parts, path)
+
+
+def test_a_checkpoint_without_an_option_of_today_goes_on_and_says_so(tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(options(tmp_path, "run", max_iters=1, compile="off"))
+    for name in ("last", "best"):
+        old = checkpoint(out, name)
+        del old["model_config"]["qk_gain"], old["train_config"]["beta2"]
+        change(out / f"{name}.pt", model_config=old["model_config"], train_config=old["train_config"])
+    capsys.readouterr()
+    assert train.main([f"--out_dir={out}", "--resume", "--max_iters=2"]) == 0
+    printed = capsys.readouterr().out
+    for name, default in (("qk_gain", 0.25), ("beta2", 0.95)):
+        assert f"last.pt is older than the option {name}, which is {default} for it" in printed
+    assert checkpoint(out)["model_config"]["qk_gain"] == 0.25 and checkpoint(out)["step"] == 2
+    change(out / "best.pt", model_config=old["model_config"], train_config=old["train_config"])
+    assert sample.main([f"--out_dir={out}", "--prompt=ab", "--max_new_tokens=3"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("best.pt is older than the option qk_gain, which is 0.25 for it") == 1
+    assert "older" not in printed.out
+
+
+@pytest.mark.parametrize("part", ["model_config", "train_config"])
+def test_a_checkpoint_with_an_unknown_option_is_refused_by_its_name(tmp_path, monkeypatch, capsys, part):
+    """One line, exit code 2, and nothing on the disk is touched."""
+    out = tmp_path / "run"
+    train.main(options(tmp_path, "run", max_iters=1))
+    for name in ("last", "best"):
+        change(out / f"{name}.pt", **{part: checkpoint(out, name)[part] | {"heads": 3}})
+    before = contents(out)
+    programs = [(train.main, ["--resume", "--max_iters=2"])]
+    if part == "model_config":  # sampling takes no notice of how it was trained
+        programs.append((sample.main, ["--prompt=a"]))
+    for main, args in programs:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["program", f"--out_dir={out}", *args])
+        with pytest.raises(SystemExit) as ended:
+            cli(main)
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.count("\n") == 1 and "has the option 'heads', which this version" in err
+    assert contents(out) == before and not (out / "run-1").exists()
+
+
+OLD_TRAINING = {
+    "resume": False, "tokenizer": "bytes", "batch_size": 2, "gradient_accumulation_steps": 1, "max_iters": 2,
+    "learning_rate": 0.01, "warmup_iters": 1, "min_lr_ratio": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+    "grad_clip": 1.0, "eval_interval": 10, "eval_iters": 2, "final_eval_iters": 4, "log_interval": 1,
+    "sample_tokens": 0, "sample_prompt": "def", "device": "auto", "dtype": "auto", "compile": "auto", "seed": 1337,
+}  # fmt: skip
+OLD_MODEL = SHAPE | {
+    "n_layer": 3, "pattern": "MCL", "conv_kernel": 3, "qk_gain": 0.25, "value_shift": True, "latent_ratio": 0.5,
+    "window": 0, "rope_theta": 10000.0, "norm_eps": 1e-6, "mod_capacity": 0.0, "mor_recursions": 1,
+    "attn_backend": "auto",
+}  # fmt: skip
+
+
+def test_a_run_from_before_the_files_were_divided_goes_on(tmp_path, capsys):
+    """The format of a checkpoint then, written out: its parts, its options, two groups of the optimiser, matrices
+    first, in the order of the model's parameters."""
+    out = tmp_path / "run"
+    out.mkdir()
+    torch.manual_seed(1)
+    model = Hydra(shape(n_layer=3, pattern="MCL"))
+    matrices, vectors = [], []
+    for name, p in model.named_parameters():
+        p.grad = torch.full_like(p, float(p.numel()))
+        group = vectors if p.dim() < 2 or name.endswith("conv_depthwise") else matrices
+        group.append(p)
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.5, 0.95), fused=True)
+    optimizer.step()
+    corpus = text_tokens(tmp_path)
+    paths = {"out_dir": str(out), "data": TEXT, "cache_dir": str(tmp_path / "cache")}
+    old = {"model": model.state_dict(), "model_config": OLD_MODEL, "train_config": OLD_TRAINING | paths,
+           "fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc), "step": 1, "best": 5.5,
+           "skipped": 3, "streak": 0, "clipped": 0, "counted": 0}  # fmt: skip
+    torch.save(old, out / "best.pt")
+    assert sample.main([f"--out_dir={out}", "--prompt=ab", "--max_new_tokens=3"]) == 0
+    assert capsys.readouterr().out.startswith("ab")
+    torch.save(old | {"optimizer": optimizer.state_dict()}, out / "last.pt")
+    assert train.main([f"--out_dir={out}", "--resume"]) == 0
+    (record,) = step_records(out)
+    new = checkpoint(out)
+    assert record["step"] == new["step"] == 2 and record["skipped"] == 3
+    names = {p: name for name, p in model.named_parameters()}
+    order = [names[p] for p in [*matrices, *vectors]]
+    for name, state in zip(order, new["optimizer"]["state"].values(), strict=True):
+        p = model.get_parameter(name)
+        assert state["step"] == 2 and state["exp_avg"].shape == p.shape
+        # the mean of a first gradient of numel, half of it kept then and nine tenths now, and of one of at most 1
+        assert (state["exp_avg"] - 0.45 * p.numel()).abs().max() < 0.11, name
+    assert not equal(new["model"], old["model"])
+
+
+def test_another_model_cannot_be_resumed_but_another_core_can(tmp_path):
+    @dataclass
+    class Model:
+        dim: int = 1
+        attn_backend: str = "auto"
+
+    @dataclass
+    class Run:
+        tokenizer: str = "bytes"
+        max_iters: int = 1
+
+    content = stored(model_config={"dim": 2, "attn_backend": "flex"},
+                     train_config={"tokenizer": "gpt2", "max_iters": 8}, step=5)  # fmt: skip
+    torch.save(content, tmp_path / "last.pt")
+    for given in ({}, {"dim": 2}, {"attn_backend": "sdpa"}, {"tokenizer": "gpt2", "max_iters": 9}):
+        found, notes = runs.resumable(tmp_path, given, Model, Run)
+        assert found["model_config"]["dim"] == 2 and notes == []
+    for given, words in (({"dim": 1}, "dim=1: the run in .* has 2"), ({"tokenizer": "bytes"}, "has 'gpt2'")):
+        with pytest.raises(UserError, match=words + ", which --resume cannot change"):
+            runs.resumable(tmp_path, given, Model, Run)
+    assert runs.resumable(tmp_path, {"max_iters": 5}, Model, Run)[0]["step"] == 5
+    with pytest.raises(UserError, match="max_iters=4: the run in .* is at step 5: ask for more"):
+        runs.resumable(tmp_path, {"max_iters": 4}, Model, Run)
+
+
+def test_a_changed_text_or_tokenizer_is_named(tmp_path):
+    ids = {"fingerprint": "a" * 64, "tokenizer": "b" * 64}
+    runs.check_text(ids, ids, tmp_path, "text")
+    for name, what in (("fingerprint", "text"), ("tokenizer", "tokenizer")):
+        with pytest.raises(UserError, match=f"the {what} has changed since .* began .*cccc.*, not {ids[name][:12]}"):
+            runs.check_text(ids, ids | {name: "c" * 64}, tmp_path, "text")
+
+
+def test_a_run_killed_behind_its_evaluation_keeps_its_best(tmp_path, monkeypatch):
+    """Killed after the best.pt of step 2, before anything else: the evaluation comes again, and again is the best."""
+    out = tmp_path / "run"
+    real = train.save_checkpoint
+
+    def save_checkpoint(path, content):
+        real(path, content)
+        if path.name == "best.pt":
+            raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", save_checkpoint)
+        with pytest.raises(SystemExit):
+            train.main(options(tmp_path, "run", max_iters=3, eval_interval=2, learning_rate=0.01))
+    killed = checkpoint(out, "best")
+    assert killed["step"] == 2 and checkpoint(out)["best"] > killed["best"]
+    train.main([f"--out_dir={out}", "--resume"])
+    evaluations = [(r["step"], r["best"]) for r in records(out) if "best" in r]
+    assert evaluations == [(0, True), (2, True), (3, True)]
+
+
+def test_the_program_refuses_in_one_line_and_ends_with_2(tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"PK")
+    out, err = finish(start([f"--out_dir={tmp_path}", "--resume"]), 2)
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and "damaged or foreign" in err
+    assert os.listdir(tmp_path) == ["last.pt"]
