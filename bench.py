@@ -324,8 +324,9 @@ def asked(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, runs
     free = free_memory(bench.device)
     kept, needed = 0, 0
     for level, config in what.values():
-        copies = 5 if level == "train" else 2  # of the weights: gradients, optimiser, what bf16 or packing has itself
+        copies = 3 if level == "train" else 2  # of the weights: with the optimiser's, or packed
         weights, step = accounting.step_bytes(subject(level, config, T), B, T, copies)
+        step += 2 * weights / copies  # gradients, and what bf16 has of its own
         if level in GENERATING:  # a state, and one layer at a time
             weights += B * state_bytes(config, T, 4, allocated=True)
             step /= config.n_layer

@@ -146,7 +146,10 @@ def main(argv: list[str]) -> int:
     if tables:
         charts = charts_of(paths[0])
     else:
-        runs = {path.parent.name or str(path): read_run(path, options.x) for path in paths}
+        names = [path.parent.name for path in paths]
+        runs = {}
+        for path, name in zip(paths, names, strict=True):
+            runs[name if name and names.count(name) == 1 else str(path.parent)] = read_run(path, options.x)
         charts = {"": (draw_runs, runs, 7)}
     try:
         Figure = import_module("matplotlib.figure").Figure

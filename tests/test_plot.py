@@ -83,6 +83,21 @@ TABLES = {
 }  # fmt: skip
 
 
+def test_runs_in_folders_of_one_name_are_all_drawn(matplotlib, tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    folders = [log(tmp_path / "a" / "out"), log(tmp_path / "b" / "out", steps=4), log(tmp_path / "alone")]
+    drawn, real = [], plot.draw_runs
+
+    def draw(runs, x, figure):
+        drawn.append(list(runs))
+        real(runs, x, figure)
+
+    monkeypatch.setattr(plot, "draw_runs", draw)
+    plot.main([*map(str, folders), f"--out={tmp_path / 'runs.png'}"])
+    assert drawn == [[str(folders[0]), str(folders[1]), "alone"]]
+
+
 @pytest.mark.parametrize("table", [table for table in TABLES if table != "train"])
 def test_a_table_is_drawn(matplotlib, tmp_path, table):
     (tmp_path / "bench.json").write_text(json.dumps({"tables": {table: TABLES[table]}}))
