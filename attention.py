@@ -291,8 +291,8 @@ class CCQA(Attention):
         L = config.dim // config.compression
         H, _, K = ccqa_heads(config)
         remedy = f"CCQA's heads need an even width that divides dim/compression={L}: latent_head_dim=-1 fits itself"
-        asked = H == config.n_head or config.latent_head_dim != 0
-        need(config, "dim n_head compression latent_head_dim", asked and K % 2 == 0 and H * K == L, remedy)
+        fits = H == config.n_head or config.latent_head_dim != 0
+        need(config, "dim n_head compression latent_head_dim", fits and K % 2 == 0 and H * K == L, remedy)
 
     @torch.no_grad()
     def init_weights(self) -> None:

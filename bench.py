@@ -169,8 +169,8 @@ def begin(options: BenchConfig, config: HydraConfig | None, about: str, short: b
     rates = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
     print(f"{head['gpu'] or head['cpu']}, {head['threads']} threads, torch {head['torch']}; {about}; {rates}")
     if peaks["bfloat16"] < machine.EMULATED * peaks["float32"]:
-        remedy = "its rows, which were asked for, are slow"
-        if "bfloat16" not in options.only.split():
+        remedy = "what is measured in it is slow"
+        if config and "bfloat16" not in options.only.split():
             bench.dtypes = ("float32",)
             remedy = "its rows are left out; ask for them with --only=bfloat16"
         bench.say(f"bfloat16 is emulated on this {device.type.upper()} ({rates}): {remedy}")
@@ -311,7 +311,7 @@ def step_flops(level: str, config: HydraConfig, B: int, T: int) -> float:
     return 3 * B * T * sum(attention_flops(block.attn, T) + mlp for block in blocks)
 
 
-def asked(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, runs: int = 1) -> dict:
+def labelled(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, runs: int = 1) -> dict:
     """The columns of a comparison, with the reason in left_out where it is not to be; `runs`: copies of all of it."""
     label = {"level": next(iter(what.values()))[0], "mix": " ".join(what), "B": B, "T": T, "dtype": dtype}
     words = set(bench.options.only.split()) - set(MODES)
@@ -341,7 +341,7 @@ def compare(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, mo
     """Rows of all in `what`, name -> (level, shape), timed in turns, in every mode; the others relate to the first."""
     named = set(bench.options.only.split()) & set(MODES)
     modes = [mode for mode in modes if mode in named or (not named and (mode == "eager" or not bench.short))]
-    label = asked(bench, what, B, T, dtype, len(modes))
+    label = labelled(bench, what, B, T, dtype, len(modes))
     if "left_out" in label:
         yield label
         return
@@ -398,9 +398,6 @@ def peak_of(make: Callable, *case) -> dict[str, float]:
     return machine.memory_of(it.step, it.batch.device)
 
 
-# ---- the tables: generators of rows
-
-
 def subjects(bench: Bench, level: str) -> dict[str, tuple]:
     """Every letter that the shape allows; of a macro-block and a model the baseline's pattern and the shape's own."""
     names = list(KINDS)
@@ -411,6 +408,8 @@ def subjects(bench: Bench, level: str) -> dict[str, tuple]:
         try:
             what[name] = level, replace(bench.config, pattern=name)
         except UserError as error:
+            if name.startswith(BASELINE):
+                raise
             bench.say(f"{name} is left out: {error}")
     return what
 
@@ -427,15 +426,15 @@ def memory_table(bench: Bench) -> Iterator[dict]:
     cases = [(4, 256, {"shape": ("train", bench.config)})]
     cases += [(B, T, subjects(bench, "attention")) for B, T in SHAPES]
     for (B, T, what), dtype in product(cases, bench.dtypes):
-        label = asked(bench, what, B, T, dtype, 1)
+        label = labelled(bench, what, B, T, dtype, 1)
         if "left_out" in label:
             yield label
             continue
-        first = None
+        found = {}
         for name, case in what.items():
-            row = in_child(peak_of, Contestant, *case, B, T, bench.device, dtype)
-            first = first or row
-            if row:
+            row = found[name] = in_child(peak_of, Contestant, *case, B, T, bench.device, dtype)
+            first = found[next(iter(what))]
+            if row and first:
                 row["x_first"] = row["step_mb"] / first["step_mb"]
             yield label | {"mix": name} | (row or {"left_out": "the system killed it: too little memory"})
 
@@ -547,7 +546,7 @@ def main(argv: list[str]) -> int:
     config, options = build(given, HydraConfig, BenchConfig, base=base)
     dense = not config.mod_capacity and config.mor_recursions == 1
     need(config, "mod_capacity mor_recursions", dense or table == "routing", "only table routing measures these")
-    can = not options.peers or find_spec("transformers") is not None
+    can = not options.peers or find_spec("transformers")
     need(options, "peers", can, "it needs transformers, which is not installed: pip install transformers")
     about = f"{count_params(config):,} parameters"
     bench = begin(options, config, about, not table, {"config": to_toml(config, options)})

@@ -133,7 +133,9 @@ def parse(argv: list[str], *types: type, doc: str = "") -> dict:
     while rest:
         arg = rest.pop(0)
         if not arg.startswith("--"):
-            given |= read_toml(arg, kinds)
+            stored = read_toml(arg, kinds)
+            given |= stored
+            repeated = {key: values for key, values in repeated.items() if key not in stored}
             continue
         name, equals, text = arg[2:].partition("=")
         key = known(name, kinds)

@@ -159,7 +159,8 @@ def sample_token(logits_BV: Tensor, temperature: float, top_k: int, top_p: float
     if top_k:
         logits_BV[:, top_k:] = -math.inf
     probs_BV = logits_BV.softmax(-1)
-    probs_BV[probs_BV.cumsum(-1) - probs_BV >= top_p] = 0.0  # the token that crosses top_p stays
+    beyond = probs_BV.cumsum(-1) - probs_BV >= top_p  # the token that crosses top_p stays, and always the likeliest
+    probs_BV[:, 1:][beyond[:, 1:]] = 0.0
     return order_BV.gather(1, torch.multinomial(probs_BV, 1, generator=generator)).squeeze(1)
 
 

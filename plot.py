@@ -149,7 +149,9 @@ def main(argv: list[str]) -> int:
         names = [path.parent.name for path in paths]
         runs = {}
         for path, name in zip(paths, names, strict=True):
-            runs[name if name and names.count(name) == 1 else str(path.parent)] = read_run(path, options.x)
+            if not name or names.count(name) > 1:
+                name = str(path.parent if path.name == "log.jsonl" else path)
+            runs[name] = read_run(path, options.x)
         charts = {"": (draw_runs, runs, 7)}
     try:
         Figure = import_module("matplotlib.figure").Figure

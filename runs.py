@@ -83,6 +83,10 @@ def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | s
 def resumable(out: Path, given: dict, model_config: type, train_config: type) -> tuple[dict, list[str]]:
     """`load_checkpoint` of a run to go on with; UserError where an option of `given` would make it another run."""
     checkpoint, notes = load_checkpoint(out / "last.pt", {"model_config": model_config, "train_config": train_config})
+    missing = {"optimizer", *(field.name for field in fields(Progress))} - checkpoint.keys()
+    if missing:
+        raise UserError(f"{out / 'last.pt'} lacks {', '.join(sorted(missing))}, without which nothing goes on exactly: "
+                        "restore it; a best.pt cannot stand for it")  # fmt: skip
     trained = checkpoint["train_config"]
     fixed = checkpoint["model_config"] | {"tokenizer": trained["tokenizer"]}
     for name, value in fixed.items():
@@ -93,6 +97,16 @@ def resumable(out: Path, given: dict, model_config: type, train_config: type) ->
     if steps < checkpoint["step"]:
         raise UserError(f"max_iters={steps}: the run in {out} is at step {checkpoint['step']}: ask for more")
     return checkpoint, notes
+
+
+def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
+    """UserError where the checkpoint's weights are not the model's."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{path}: its weights do not fit its configuration ({reason}): use the version of this project "
+                        "that wrote it, or train anew") from error  # fmt: skip
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -121,14 +135,15 @@ def truncate_log(path: Path, step: int, evaluates: bool) -> float:
     best = math.inf
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
-        if not line.endswith("}"):  # it was cut
+        try:
+            record = dict(json.loads(line))
+        except (ValueError, TypeError):  # it was cut
             continue
-        record = json.loads(line)
         first = step if evaluates and "val_bpb" in record else step + 1
         if record.get("step", 0) < first:
             kept += line + "\n"
             if record.get("best"):
-                best = min(best, record["val_loss"])
+                best = record["val_loss"]  # those only fall
     write_text(path, kept)
     return best
 

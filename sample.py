@@ -22,7 +22,7 @@ from data import get_tokenizer, text_of, token_text
 from generate import DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
 from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth, sync
 from model import Hydra, HydraConfig
-from runs import load_checkpoint
+from runs import load_checkpoint, load_weights
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,19 @@ def read_prompts(path: str) -> list[str]:
     return lines
 
 
-def load_model(c: SampleConfig, device: torch.device) -> tuple[Hydra, tiktoken.Encoding, list[str]]:
+def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tiktoken.Encoding, list[str]]:
     """(model in the dtype and form that generates, its tokenizer, what is to be said) of the run's checkpoint."""
-    path = Path(c.out_dir) / f"{c.checkpoint}.pt"
+    path = Path(options.out_dir) / f"{options.checkpoint}.pt"
     if not path.exists() and path.with_name("last.pt").exists():
         raise UserError(f"{path} does not exist, the run was not evaluated yet: use --checkpoint=last")
     checkpoint, notes = load_checkpoint(path, {"model_config": HydraConfig}, device)
     # the core that trained may not run here, eager and on another device
     (config,) = build(checkpoint["model_config"] | {"attn_backend": "auto"}, HydraConfig)
     model = Hydra(config).to(device).eval()
-    model.load_state_dict(checkpoint["model"])
-    dtype, _ = choose_dtype(c.dtype, device, config.dim)
+    load_weights(model, checkpoint, path)
+    dtype, _ = choose_dtype(options.dtype, device, config.dim)
     model.to(dtype)
-    if c.compile == "on":
+    if options.compile == "on":
         compile_decoding(model)
     elif device.type == "cpu":
         problem = pack(model)
@@ -127,26 +127,26 @@ def report(model: Hydra, state: DecodingState, prompts: list[int], made: int, st
 
 
 def main(argv: list[str]) -> int:
-    (c,) = build(parse(argv, SampleConfig, doc=__doc__), SampleConfig)
+    (options,) = build(parse(argv, SampleConfig, doc=__doc__), SampleConfig)
     prompts = []
-    for prompt in read_prompts(c.prompt_file) if c.prompt_file else c.prompt:
-        prompts += [prompt] * c.num_samples
-    device = choose_device(c.device)
-    choose_compile(c.compile, device, 0)
-    if c.compile == "on" and device.type == "cpu" and len(prompts) > 1:
+    for prompt in read_prompts(options.prompt_file) if options.prompt_file else options.prompt:
+        prompts += [prompt] * options.num_samples
+    device = choose_device(options.device)
+    choose_compile(options.compile, device, 0)
+    if options.compile == "on" and device.type == "cpu" and len(prompts) > 1:
         raise UserError(f"compile='on': on a CPU {len(prompts)} texts at once are slower compiled: use compile=off")
-    model, enc, notes = load_model(c, device)
+    model, enc, notes = load_model(options, device)
     for note in notes:
         print(note, file=sys.stderr)
     rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
-    slots = min(max(map(len, rows)) + c.max_new_tokens, longest_text(model))  # `generate` refuses a longer text
-    static = c.compile == "on" or device.type == "cuda"
+    slots = min(max(map(len, rows)) + options.max_new_tokens, longest_text(model))  # `generate` refuses a longer text
+    static = options.compile == "on" or device.type == "cuda"
     state = new_state(model, len(rows), slots, static)
-    if c.compile == "on":  # two tokens now, so that the rate below is without the compilation
-        list(islice(generate(model, rows, c.max_new_tokens, static=True), 2))
-    generator = torch.Generator(device).manual_seed(c.seed)
-    steps = generate(model, rows, c.max_new_tokens, c.temperature, c.top_k, c.top_p, enc.eot_token, generator,
-                     state=state)  # fmt: skip
+    if options.compile == "on":  # two tokens now, so that the rate below is without the compilation
+        list(islice(generate(model, rows, options.max_new_tokens, static=True), 2))
+    generator = torch.Generator(device).manual_seed(options.seed)
+    steps = generate(model, rows, options.max_new_tokens, options.temperature, options.top_k, options.top_p,
+                     enc.eot_token, generator, state=state)  # fmt: skip
     texts, times = write(steps, prompts, enc, device)
     made = sum(map(len, texts))  # an end of text is a token too
     if len(times) < 2:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from accounting import count_params
-from bench import UNASKED, Bench, BenchConfig, Contestant, asked, begin, step_flops
+from bench import UNASKED, Bench, BenchConfig, Contestant, begin, labelled, step_flops
 from configurator import UserError, build, cli, need, parse, to_toml
 from data import Corpus, eval_batches, get_batch, prepare
 from machine import choose_dtype, seconds_of, spread
@@ -133,7 +133,8 @@ def scaling_table(bench: Bench, presets: list[Preset]) -> Iterator[dict]:
     corpus, found, others = None, [], []
     for preset in presets:
         case = "train", preset.config
-        row = asked(bench, {preset.name: case}, 1, STEP_TOKENS, dtype) | {"level": "scaling", "params": preset.params}
+        row = labelled(bench, {preset.name: case}, 1, STEP_TOKENS, dtype)
+        row |= {"level": "scaling", "params": preset.params}
         rounds = bench.options.rounds + 2 + EVALUATIONS / 3
         seconds = rounds * step_flops(*case, 1, STEP_TOKENS) / bench.peaks[dtype] / 0.3
         if "left_out" not in row and bench.device.type == "cpu" and seconds > LONGEST:

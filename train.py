@@ -27,7 +27,7 @@ from generate import continue_text
 from layers import IGNORE
 from machine import DTYPES, choose_machine, compile_blocks, sync
 from model import Hydra, HydraConfig
-from runs import Progress, RunLog, check_text, open_folder, resumable, save_checkpoint, stop_on_signals
+from runs import Progress, RunLog, check_text, load_weights, open_folder, resumable, save_checkpoint, stop_on_signals
 
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
@@ -83,17 +83,16 @@ def make_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.Optimizer:
     vectors = set()
     for module in model.modules():
         vectors |= {getattr(module, name, None) for name in getattr(module, "vectors", ())}
-    decayed, plain = [], []
-    for p in model.parameters():
-        (plain if p.dim() < 2 or p in vectors else decayed).append(p)
-    groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    decayed = [p for p in model.parameters() if p.dim() > 1 and p not in vectors]
+    others = [p for p in model.parameters() if p.dim() < 2 or p in vectors]
+    groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), fused=True)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
     """Its moments from a checkpoint; its options stay as they were made, group by group: they may have been changed."""
     made = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(moments)
     for group, options in zip(optimizer.param_groups, made, strict=True):
         group.update(options)
 
@@ -125,7 +124,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
             output = model(idx, targets)
         (output.loss / len(batches)).backward()
         losses.append(output.cross_entropy.detach())
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()  # the step's one sync point
     problem = ""
     if not math.isfinite(loss):
@@ -164,11 +163,11 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
     from, and what is to be said about it."""
     kinds = HydraConfig, TrainConfig
     given = parse(argv, *kinds, doc=f"{__doc__}\n{letters_help()}")
-    (asked,) = build({name: given[name] for name in ("out_dir", "resume") if name in given}, TrainConfig)
-    if not asked.resume:
+    (where,) = build({name: given[name] for name in ("out_dir", "resume") if name in given}, TrainConfig)
+    if not where.resume:
         return *build(given, *kinds), None, []
-    checkpoint, notes = resumable(Path(asked.out_dir), given, *kinds)
-    stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": asked.out_dir}
+    checkpoint, notes = resumable(Path(where.out_dir), given, *kinds)
+    stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir}
     config, run = build(given | {"resume": False}, *kinds, base=stored)
     return config, run, checkpoint, notes
 
@@ -222,7 +221,7 @@ def main(argv: list[str]) -> int:
     evaluates = True  # at the first step of this run
     if checkpoint:
         check_text(checkpoint, ids, out, run.data)
-        model.load_state_dict(checkpoint["model"])
+        load_weights(model, checkpoint, out / "last.pt")
         restore_optimizer(optimizer, checkpoint["optimizer"])
         progress = Progress(**{name: checkpoint[name] for name in asdict(progress)})
         evaluates = progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
@@ -309,8 +308,8 @@ def main(argv: list[str]) -> int:
     log.write({"step": progress.step, **found, "final": True})
     part = f"{run.final_eval_iters} batches of the" if run.final_eval_iters else "whole"
     print(f"{part} validation split: {found['val_loss']:.4f} nats/token, {found['val_bpb']:.4f} bits/byte; "
-          f"{time.perf_counter() - began:.0f} s in all; sample it with: "
-          f"python sample.py --out_dir={run.out_dir} --prompt=import")  # fmt: skip
+          f"{time.perf_counter() - began:.0f} s in all"
+          + (f"; sample it with: python sample.py --out_dir={run.out_dir} --prompt=import" if progress.step else ""))
     return 0
 
 

@@ -209,6 +209,7 @@ def test_repeated_options_replace_the_default_and_a_file_before_them(toml):
     assert parse([single], Several) == {"prompt": ("c",)}
     assert parse([listed, single], Several) == parse(["--prompt=x", listed, single], Several) == {"prompt": ("c",)}
     assert parse([listed, "--prompt=x", "--prompt=y"], Several) == {"prompt": ("x", "y")}
+    assert parse(["--prompt=x", listed, "--prompt=y"], Several) == {"prompt": ("y",)}
     assert parse([empty], Several) == {"prompt": (), "stop": ()}
     assert parse(["--prompt=x", "--stop=y", "--prompt=z"], Several) == {"prompt": ("x", "z"), "stop": ("y",)}
 

@@ -438,3 +438,12 @@ def test_blocks_compiled_for_decoding_equal_eager():
         decode(net, torch.zeros(1, dtype=torch.long), state)
     called = {event.key for event in profile.key_averages()}
     assert not called & {"aten::linear", "aten::mm", "aten::addmm", "aten::mv"}, called
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_p", [1e-50, 1e-9])
+def test_a_tiny_top_p_is_the_likeliest_token(top_p):
+    """Below what fp32 tells from nothing too."""
+    logits = torch.randn(5, 97, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(sample_token(logits, 1.0, 0, top_p, generator), logits.argmax(-1))

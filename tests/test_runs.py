@@ -186,6 +186,53 @@ def test_a_killed_run_resumes_with_a_log_that_repeats_nothing(tmp_path):
     assert [r["step"] for r in log if "val_bpb" in r] == [0, 3, 3, 4, 4]
 
 
+def test_lines_that_were_cut_anywhere_do_not_stop_a_resume(tmp_path):
+    """A header that was cut behind its configuration ends with a brace too."""
+    path = tmp_path / "log.jsonl"
+    good = json.dumps({"step": 1, "loss": 2.0}) + "\n"
+    path.write_text('{"started": 0, "config": {"dim": 32}\n' + good + "3}\n[1, 2]\n\n" + good)
+    assert runs.truncate_log(path, 1, False) == math.inf
+    assert path.read_text() == 2 * good
+
+
+def test_a_log_that_is_gone_begins_anew(tmp_path):
+    out = tmp_path / "run"
+    train.main(options(tmp_path, "run", max_iters=2))
+    (out / "log.jsonl").unlink()
+    train.main([f"--out_dir={out}", "--resume", "--max_iters=3"])
+    assert [r["step"] for r in records(out) if "loss" in r] == [3]
+
+
+def test_a_best_checkpoint_cannot_stand_for_the_last(tmp_path):
+    """It has no moments of the optimiser; nothing is changed, and one sentence says so."""
+    out = tmp_path / "run"
+    train.main(options(tmp_path, "run", max_iters=2))
+    (out / "last.pt").write_bytes((out / "best.pt").read_bytes())
+    before = contents(out)
+    with pytest.raises(UserError, match="last.pt lacks optimizer, without which nothing goes on exactly") as error:
+        train.main([f"--out_dir={out}", "--resume", "--max_iters=3"])
+    assert "\n" not in str(error.value) and contents(out) == before
+
+
+def test_weights_that_do_not_fit_the_configuration_are_one_line(tmp_path):
+    out = tmp_path / "run"
+    train.main(options(tmp_path, "run", max_iters=2))
+    content = checkpoint(out)
+    content["model_config"]["mlp_ratio"] = 20.0
+    torch.save(content, out / "last.pt")
+    for call, args in ((train.main, ["--resume", "--max_iters=3"]), (sample.main, ["--checkpoint=last"])):
+        with pytest.raises(UserError, match="last.pt: its weights do not fit its configuration .size mis") as error:
+            call([f"--out_dir={out}", *args])
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_without_steps_does_not_advise_to_sample_it(tmp_path, capsys):
+    train.main(options(tmp_path, "run", max_iters=0))
+    assert "sample it with" not in capsys.readouterr().out
+    train.main(options(tmp_path, "other", max_iters=1))
+    assert "sample it with: python sample.py --out_dir=" in capsys.readouterr().out
+
+
 def test_every_record_is_a_line_of_json_at_once(tmp_path, capsys):
     path = tmp_path / "log.jsonl"
     log = runs.RunLog(path)

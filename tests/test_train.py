@@ -1005,3 +1005,13 @@ def test_every_key_has_its_comment_and_is_read(tmp_path, monkeypatch):
     for cls in classes:
         comments = field_comments(cls)
         assert all(comments.values()) and read[cls] == comments.keys(), comments.keys() - read[cls]
+
+
+def test_a_parameter_without_a_gradient_does_not_stop_a_step():
+    model = Hydra(shape())
+    model.blocks[0].mlp.down.weight.requires_grad_(False)
+    before = model.embed.weight.detach().clone()
+    optimizer = train.make_optimizer(model, TrainConfig())
+    idx = torch.zeros(1, 8, dtype=torch.int64)
+    done = train.train_step(model, optimizer, [(idx, idx)], 1.0, torch.autocast("cpu", enabled=False))
+    assert done.problem == "" and done.grad_norm > 0 and not torch.equal(model.embed.weight, before)
