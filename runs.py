@@ -104,7 +104,7 @@ def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: its weights do not fit its configuration ({reason}): use the version of this project "
                         "that wrote it, or train anew") from error  # fmt: skip
 
