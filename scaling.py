@@ -176,6 +176,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{word!r}: scaling has its own files, config/scale_*.toml: give it --key=value only")
     given = parse(argv, HydraConfig, BenchConfig, doc=__doc__)
     own = {option.name: given.pop(option.name) for option in fields(BenchConfig) if option.name in given}
+    for name in own.keys() & {"peers", "prompt_tokens", "new_tokens", "context"}:
+        raise UserError(f"{name}={own[name]!r}: scaling trains and evaluates, it generates nothing: leave it out")
     (options,) = build(own, BenchConfig)
     presets = []
     for path in CONFIGS.glob("scale_*.toml"):
