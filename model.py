@@ -106,9 +106,9 @@ class Output(NamedTuple):
     """What a forward returns."""
 
     logits: Tensor | None  # [B, T, V], None where more than MAX_LOGITS; without targets the last ones, [B, 1, V]
-    loss: Tensor | None = None  # what to train on: cross_entropy, in training mode with the routers' auxiliary losses
-    cross_entropy: Tensor | None = None  # mean over the targets, nats, fp32
-    routing: dict[str, Tensor] = {}  # see `routing.statistics`; empty without routers
+    loss: Tensor | None  # what to train on: cross_entropy, in training mode with the routers' auxiliary losses
+    cross_entropy: Tensor | None  # mean over the targets, nats, fp32
+    routing: dict[str, Tensor]  # see `routing.statistics`; empty without routers
 
 
 class Hydra(nn.Module):
@@ -183,7 +183,7 @@ class Hydra(nn.Module):
             raise UserError(f"{T} tokens do not fit: crop the text to block_size={self.config.block_size}")
         x_BTD, records = self.trunk(idx_BT, self.context(torch.arange(T, device=idx_BT.device)))
         if targets_BT is None:
-            return Output(self.head(x_BTD[:, -1:]))
+            return Output(self.head(x_BTD[:, -1:]), None, None, {})
         x_ND = self.norm(x_BTD).flatten(0, 1)
         logits_NV, nats = cross_entropy(x_ND, self.embed.weight, targets_BT.flatten())
         logits_BTV = None if logits_NV is None else logits_NV.unflatten(0, targets_BT.shape)

@@ -171,7 +171,7 @@ def test_without_targets_only_the_last_logits():
     idx, targets = batch()
     full = net(idx, targets).logits
     output = net(idx)
-    assert full.shape == (2, 40, 97) and output == Output(output.logits)
+    assert full.shape == (2, 40, 97) and output == Output(output.logits, None, None, {})
     assert output.logits.shape == (2, 1, 97)
     torch.testing.assert_close(output.logits, full[:, -1:])
 
