@@ -34,6 +34,7 @@ class Context(NamedTuple):
     pos: Tensor  # int64 [T], or [B, T] where rows hold different tokens: the true positions
     rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> [cos cos], [-sin sin], fp32 [(B,) T, 1, width]
     masks: dict[tuple[int, int], BlockMask]  # (tokens, window) -> mask; empty where FlexAttention is not used
+    recompute: bool = False  # training: the blocks are computed again in the backward
     # only with a state, whose rows may hold texts of different lengths, or behind a router in evaluation:
     decoding: bool = False  # one new token a row, at pos [B, 1]; else a prefill, texts padded on the right
     lengths: Tensor | None = None  # prefill: int64 [B], tokens of each row, None = all

@@ -6,14 +6,18 @@ widths, never a configuration, and fill the parameters of their own in `init_wei
 Letters in shapes: N rows (tokens of all texts), D model width, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -1  # targets that the loss skips
 # A loss makes at most this many logits at a time, and returns them only if that is all of them (128 MiB in fp32).
 MAX_LOGITS = 2**25
+COMPILED_ROWS = 8  # a compiled loss makes this many times as many: they stay in bf16, and launches are fewer
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -98,6 +102,11 @@ class GatedDown(torch.autograd.Function):
         return torch.cat((grad_gate, grad_product * silu), dim=-1), grad_weight
 
 
+def gated_down(gate_up: Tensor, weight: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, weight)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x), gate and up as one projection (arXiv:2002.05202, eq. 6)."""
 
@@ -108,6 +117,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
+        if gate_up.requires_grad and torch.compiler.is_compiling():  # a compiler would keep GatedDown's product again
+            return checkpoint(gated_down, gate_up, self.down.weight, use_reentrant=False, preserve_rng_state=False)
         if gate_up.requires_grad:
             return GatedDown.apply(gate_up, self.down.weight.to(gate_up.dtype))
         gate, up = gate_up.chunk(2, dim=-1)
@@ -120,34 +131,48 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def loss_chunk(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_x_ND: Tensor | None,
+               grad_weight_VD: Tensor | None) -> Tensor:  # fmt: skip
+    """Cross-entropy [N] of x W^T, 0 at an ignored target, fp32. The gradient of its sum is written to `grad_x` and
+    added to `grad_weight`, where they are given. Another target outside of the vocabulary fails at the gather."""
+    kept = (targets_N != IGNORE)[:, None]
+    index = targets_N[:, None] * kept
+    logits = (x_ND @ weight_VD.t()).float()
+    norm = logits.logsumexp(-1, keepdim=True)
+    nats = (norm - logits.gather(1, index)) * kept
+    if grad_x_ND is None:
+        return nats
+    if torch.compiler.is_compiling():  # d nats / d logits = softmax - onehot, in one pass over the logits
+        onehot = torch.arange(weight_VD.size(0), device=x_ND.device) == index
+        grad = ((logits - norm).exp() - onehot.float()) * kept
+    else:  # the same, written over the logits
+        grad = logits.sub_(norm).exp_()
+        grad.scatter_add_(1, index, torch.full_like(norm, -1.0)).mul_(kept)
+    grad = grad.to(x_ND.dtype)
+    grad_x_ND.copy_(grad @ weight_VD)
+    if x_ND.dtype == grad_weight_VD.dtype:
+        grad_weight_VD.addmm_(grad.t(), x_ND)
+    else:
+        grad_weight_VD += grad.t() @ x_ND
+    return nats
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of x W^T against targets, `rows` rows of logits at a time. The gradients are made in the
-    forward, where the logits of a chunk are at hand: three products, none twice, and never more than one chunk of fp32
-    logits. `grads`: whether there will be a backward (needs_input_grad is true for a weight in evaluation too)."""
+    """Summed cross-entropy of x W^T against targets, `rows` rows of logits at a time by `chunk` (`loss_chunk`, or that
+    compiled). The gradients are made in the forward, where the logits of a chunk are at hand: three products, none
+    twice. `grads`: whether there will be a backward (needs_input_grad is true for a weight in evaluation too)."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, dtype: torch.dtype, grads: bool):
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, rows: int, dtype: torch.dtype, grads: bool,
+                chunk: Callable[..., Tensor]) -> Tensor:  # fmt: skip
         x, weight = x_ND.to(dtype), weight_VD.to(dtype)
         grad_x = torch.empty_like(x_ND) if grads else None
         grad_weight = torch.zeros_like(weight_VD) if grads else None
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         for start in range(0, x.size(0), rows):
-            chunk = slice(start, start + rows)
-            kept = (targets_N[chunk] != IGNORE)[:, None]
-            index = targets_N[chunk][:, None] * kept  # any other target outside of the vocabulary fails at the gather
-            logits = (x[chunk] @ weight.t()).float()
-            norm = logits.logsumexp(-1, keepdim=True)
-            loss += ((norm - logits.gather(1, index)) * kept).sum()
-            if not grads:
-                continue
-            grad = logits.sub_(norm).exp_()  # d loss / d logits = softmax - onehot, written over the logits
-            grad.scatter_add_(1, index, torch.full_like(norm, -1.0)).mul_(kept)
-            grad = grad.to(dtype)
-            grad_x[chunk] = grad @ weight
-            if dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.t(), x[chunk])
-            else:
-                grad_weight += grad.t() @ x[chunk]
+            part = slice(start, start + rows)
+            grad_part = grad_x[part] if grads else None
+            loss += chunk(x[part], weight, targets_N[part], grad_part, grad_weight).sum()
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
 
@@ -155,17 +180,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None, None, None
 
 
-def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor | None, Tensor]:
+def chunk_rows(N: int, most: int) -> int:
+    """Rows of a compiled chunk: the largest divisor of N up to `most`, so that there is one shape; `most` itself where
+    the divisors are much smaller."""
+    rows = next(n for n in range(min(N, most), 0, -1) if N % n == 0)
+    return rows if 4 * rows > min(N, most) else most
+
+
+def cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor,
+                  compiled: Callable[..., Tensor] | None = None) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """(logits [N, V] or None, mean cross-entropy in nats, fp32) of x W^T against targets; IGNORE is skipped, any other
     target outside of the vocabulary is an error. In one piece where the logits are at most MAX_LOGITS numbers, else
-    in chunks of rows, so that they never are in memory all at once."""
+    in chunks of rows, so that they never are in memory all at once. `compiled`: `loss_chunk` compiled, which never has
+    a chunk in fp32 and takes larger ones."""
     rows = max(1, MAX_LOGITS // weight_VD.size(0))
     if x_ND.size(0) <= rows:
         logits = F.linear(x_ND, weight_VD)
         return logits, F.cross_entropy(logits.float(), targets_N, ignore_index=IGNORE)
+    if compiled:
+        rows = chunk_rows(x_ND.size(0), COMPILED_ROWS * rows)
     grads = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    total = ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, rows, compute_dtype(x_ND), grads)
+    total = ChunkedCrossEntropy.apply(
+        x_ND, weight_VD, targets_N, rows, compute_dtype(x_ND), grads, compiled or loss_chunk)
     return None, total / (targets_N != IGNORE).sum()

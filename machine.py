@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -30,13 +31,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(requested: str) -> torch.device:
-    """The device for "auto", "cpu", "cuda" or "cuda:N"; UserError where there is no such device."""
+    """The device for "auto", "cpu", "cuda", "cuda:N" or "mps"; UserError where there is no such device."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "auto":
         return torch.device("cuda" if gpus else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", requested):
-        raise UserError(f"device={requested!r}: use auto, cpu, cuda or cuda:N")
-    if requested != "cpu" and int(requested[5:] or 0) >= gpus:
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", requested):
+        raise UserError(f"device={requested!r}: use auto, cpu, cuda, cuda:N or mps")
+    if requested == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device='mps': torch {torch.__version__} sees no Apple GPU: use device=auto or cpu")
+    if requested.startswith("cuda") and int(requested[5:] or 0) >= gpus:
         raise UserError(f"device={requested!r}: torch {torch.__version__} sees no such GPU: use device=auto or cpu")
     return torch.device(requested)
 
@@ -50,6 +53,8 @@ def choose_dtype(requested: str, device: torch.device, dim: int) -> tuple[torch.
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "this GPU has bf16 instructions"
         return torch.float32, "this GPU has no bf16 instructions"
+    if device.type == "mps":
+        return torch.float32, "nothing else is tried on an Apple GPU"
     features = torch.cpu.get_capabilities()
     if not features.get("amx_bf16") and not features.get("avx512_bf16"):
         return torch.float32, "this CPU has no bf16 instructions"
@@ -64,12 +69,16 @@ def choose_compile(requested: str, device: torch.device, flops: float) -> tuple[
     """(whether to compile the blocks, reason) for "auto", "on" or "off" and a run of `flops` FLOPs; UserError where
     "on" cannot be. On a CPU it gains 10-30% a step, costs 15-40 s once, and calls g++."""
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if device.type == "mps" and requested == "on":
+        raise UserError("compile='on': an Apple GPU runs eager here, and untested: use compile=off")
     can = device.type == "cuda" or (headers and shutil.which("g++") is not None)
     if requested == "on" and not can:
         raise UserError("compile='on': there is no g++ or no Python.h here: install a C++ compiler and Python's "
                         "headers, or use compile=off")  # fmt: skip
     if requested != "auto":
         return requested == "on", "asked for"
+    if device.type == "mps":
+        return False, "an Apple GPU runs eager here, and untested"
     if device.type == "cuda":
         return True, "fuses the attention and the pointwise work on a GPU"
     if flops < EARNS_COMPILATION:
@@ -84,6 +93,7 @@ class Machine(NamedTuple):  # what a run runs on
     dtype: torch.dtype
     compiled: bool
     peak: float  # FLOP/s, see `matmul_peak`
+    listed_peak: float | None  # the same by the data sheet
     facts: dict[str, str]  # the same in words, with the reasons
 
     def autocast(self) -> torch.autocast:
@@ -97,10 +107,42 @@ def choose_machine(device: str, dtype: str, compile: str, dim: int, flops: float
     compiled, compile_reason = choose_compile(compile, chosen, flops)
     torch.set_float32_matmul_precision("high" if chosen.type == "cuda" else "highest")
     peak = matmul_peak(chosen, precision)
-    facts = {"device": f"{chosen}, matrix-multiply peak measured now: {peak / 1e9:,.0f} GFLOP/s",
+    listed = datasheet_peak(chosen, precision)
+    sheet = f"{listed / 1e9:,.0f}" if listed else "not known"
+    facts = {"device": f"{chosen}, matrix-multiply peak measured now: {peak / 1e9:,.0f} GFLOP/s; data sheet: {sheet}",
              "dtype": f"{precision} ({precision_reason})",
              "compile": f"{'on, block by block' if compiled else 'off'} ({compile_reason})"}  # fmt: skip
-    return Machine(chosen, precision, compiled, peak, facts)
+    return Machine(chosen, precision, compiled, peak, listed, facts)
+
+
+class Prefetch:
+    """`make(step)`, the batches of a step, on the device. On CUDA those of the next step are made, put into pinned
+    memory and copied by a stream of their own while this one runs."""
+
+    def __init__(self, make: Callable[[int], list[tuple[Tensor, ...]]], device: torch.device):
+        self.make = make
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ahead: dict[int, list[tuple[Tensor, ...]]] = {}
+
+    def copy(self, step: int) -> list[tuple[Tensor, ...]]:
+        with torch.cuda.stream(self.stream):  # of None it does nothing
+            if self.stream:
+                return [tuple(t.pin_memory().to(self.device, non_blocking=True) for t in b) for b in self.make(step)]
+            return [tuple(t.to(self.device) for t in batch) for batch in self.make(step)]
+
+    def __call__(self, step: int) -> list[tuple[Tensor, ...]]:
+        if step not in self.ahead:
+            self.ahead = {step: self.copy(step)}
+        batches = self.ahead[step]
+        if self.stream:
+            present = torch.cuda.current_stream(self.device)
+            present.wait_stream(self.stream)
+            for t in chain(*batches):
+                t.record_stream(present)  # its memory is not free before this stream is done with it
+            if step + 1 not in self.ahead:
+                self.ahead = {step: batches, step + 1: self.copy(step + 1)}
+        return batches
 
 
 def compile_blocks(blocks: Iterable[nn.Module], graphs: int = 64) -> None:
@@ -180,6 +222,8 @@ def sync(device: torch.device) -> None:
     """Wait until the device has done all that it was given, so that a clock read next is true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def seconds_of(call, device: torch.device) -> float:
@@ -204,6 +248,24 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
     n = n or (8192 if device.type == "cuda" else 1024)
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / best_of_seven(lambda: a @ a, device)
+
+
+# bf16 FLOP/s of tensor cores without sparsity, by the makers' data sheets; the first name that the device's contains
+DATASHEET = {
+    "B200": 2250e12, "GB200": 2500e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12}  # fmt: skip
+
+
+def datasheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of a matrix product by the data sheet (fp32: in TF32, half of bf16's), None where it is not known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for model, peak in DATASHEET.items():
+        if re.search(rf"\b{model}\b", name):
+            return peak if dtype == torch.bfloat16 else peak / 2
+    return None
 
 
 def copy_bandwidth(device: torch.device) -> float:

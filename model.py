@@ -9,6 +9,7 @@ Left out: dropout, biases, learned positions, loading of other projects' weights
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from attention import KINDS, Context, LayerState, make_context
 from configurator import UserError, need
-from layers import RMSNorm, SwiGLU, cross_entropy, linear
-from machine import choose_backend
+from layers import RMSNorm, SwiGLU, cross_entropy, linear, loss_chunk
+from machine import choose_backend, compile_blocks
 from routing import AUX_RECURSIONS, Record, Routed, Router, is_routed, layer_tokens, recurse, statistics
 
 
@@ -126,6 +127,8 @@ class Hydra(nn.Module):
         self.recursion_routers = nn.ModuleList(routers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.rope_widths = {block.attn.rope_width for block in self.blocks}
+        self.compiled_loss: Callable[..., Tensor] | None = None
+        self.recompute = False  # training keeps the input of a block alone, see `routing.run_blocks`
         self.init_weights()
 
     @torch.no_grad()
@@ -151,6 +154,12 @@ class Hydra(nn.Module):
     def depth_routers(self) -> list[Router]:
         return [block.router for block in self.blocks if block.routed]
 
+    def compile_training(self) -> None:
+        """torch.compile of every block, and on CUDA of the loss."""
+        compile_blocks(self.blocks, 64 * self.config.mor_recursions)
+        if self.embed.weight.is_cuda:
+            self.compiled_loss = torch.compile(loss_chunk, fullgraph=True, dynamic=False)
+
     def backends(self, compiled: bool, grad: bool) -> dict[str, tuple[str, str]]:
         """Attention core of each letter in use, letter -> (backend, reason); UserError if the one asked for cannot."""
         device = self.embed.weight.device.type
@@ -174,7 +183,8 @@ class Hydra(nn.Module):
             tokens = layer_tokens(self.config, T) if self.training else [T] * len(blocks)
             masks = {(n, block.attn.window) for n, block in zip(tokens, blocks, strict=True)}
         ctx = make_context(pos, self.rope_widths, self.config.rope_theta, masks)
-        return ctx._replace(lengths=lengths, decoding=decoding, visible=visible, uniform=uniform)
+        return ctx._replace(
+            lengths=lengths, decoding=decoding, visible=visible, uniform=uniform, recompute=self.recompute)
 
     def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> Output:
         """Token ids [B, T], targets [B, T] (-1 = ignored) -> Output. UserError for more than block_size tokens."""
@@ -185,7 +195,7 @@ class Hydra(nn.Module):
         if targets_BT is None:
             return Output(self.head(x_BTD[:, -1:]), None, None, {})
         x_ND = self.norm(x_BTD).flatten(0, 1)
-        logits_NV, nats = cross_entropy(x_ND, self.embed.weight, targets_BT.flatten())
+        logits_NV, nats = cross_entropy(x_ND, self.embed.weight, targets_BT.flatten(), self.compiled_loss)
         logits_BTV = None if logits_NV is None else logits_NV.unflatten(0, targets_BT.shape)
         routing = statistics(self.depth_routers, self.recursion_routers, records)
         loss = nats

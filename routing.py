@@ -20,11 +20,13 @@ Shapes: B batch, T tokens, D width, k selected tokens; see attention.py.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import Context, LayerState
 
@@ -188,14 +190,18 @@ class Routed:
 
 
 def run_blocks(blocks: Sequence[nn.Module], x_BTD: Tensor, ctx: Context, states: list | None, records: list) -> Tensor:
-    """All blocks one after the other; what the routed ones did is added to `records`."""
+    """All blocks one after the other; what the routed ones did is added to `records`. With ctx.recompute the backward
+    finds only their inputs kept, and computes each block once more (arXiv:1604.06174)."""
     for i, block in enumerate(blocks):
         state = states[i] if states else None
+        call = block
+        if ctx.recompute:
+            call = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
         if block.routed:
-            x_BTD, record = block(x_BTD, ctx, state)
+            x_BTD, record = call(x_BTD, ctx, state)
             records.append((block.router, record))
         else:
-            x_BTD = block(x_BTD, ctx, state)
+            x_BTD = call(x_BTD, ctx, state)
     return x_BTD
 
 

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +110,14 @@ def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
                         "that wrote it, or train anew") from error  # fmt: skip
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
+    """Its moments from a checkpoint; its options stay as they were made, group by group: they may have been changed."""
+    made = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(moments)
+    for group, options in zip(optimizer.param_groups, made, strict=True):
+        group.update(options)
+
+
 def save_checkpoint(path: Path, content: dict) -> None:
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
@@ -167,10 +176,10 @@ class RunLog:
                 entry[name] = None
         self.file.write(json.dumps(entry, allow_nan=False) + "\n")
 
-    def skipped(self, progress: Progress, problem: str) -> None:
-        self.write({"step": progress.step, "skipped": problem})
-        text = f"{problem} is not finite: update skipped ({progress.skipped} so far)"
-        print(f"step {progress.step:5d} | {text}", flush=True)
+    def skipped(self, step: int, skipped: int, problem: str) -> None:
+        """A step without an update, `skipped` of them so far."""
+        self.write({"step": step, "skipped": problem})
+        print(f"step {step:5d} | {problem} is not finite: update skipped ({skipped} so far)", flush=True)
 
     def evaluation(self, record: dict) -> None:
         self.write(record)
@@ -181,12 +190,40 @@ class RunLog:
         """A step of `steps` in all."""
         self.write(record | routing)
         text = ("step {step:5d} | {done:4.0%} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
-                "clipped {clipped:4.0%} | {ms:.0f} ms | {tokens_per_s:,.0f} tokens/s | MFU {mfu:.0%}")  # fmt: skip
+                "clipped {clipped:4.0%} | {ms:.0f} ms | {tokens_per_s:,.0f} tokens/s | "
+                "MFU {mfu:.0%}, by 6N {mfu_6n:.0%}")  # fmt: skip
         text = text.format(done=record["step"] / steps, **record)
         for name, value in routing.items():
             text += f" | {name} {value:.3f}"
         minutes, seconds = divmod(int(record["eta_s"]), 60)
         print(f"{text} | ETA {minutes}:{seconds:02d}", flush=True)
+
+
+def settle(steps: list[NamedTuple], grad_clip: float, progress: Progress, log: RunLog) -> tuple[dict, dict]:
+    """Read what the latest steps (`train.Step`) did, which waits for them; count them in `progress` and log the skipped
+    ones. Returns the last one's loss and grad_norm, and its routing."""
+    names, routing = list(steps[-1].norms), steps[-1].routing
+    width = 2 + len(names)
+    values = [v for step in steps for v in (step.loss, step.grad_norm, *step.norms.values())]
+    numbers = torch.stack([*values, *routing.values()]).tolist()  # the only sync point of a run's steps
+    for i in range(len(steps)):
+        loss, grad_norm, *norms = numbers[i * width : (i + 1) * width]
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            progress.streak = 0
+            progress.counted += 1
+            if 0 < grad_clip < grad_norm:
+                progress.clipped += 1
+            continue
+        progress.skipped += 1
+        progress.streak += 1
+        problem = "loss"
+        if math.isfinite(loss):
+            bad = [name for name, norm in zip(names, norms, strict=True) if not math.isfinite(norm)]
+            problem = f"gradient of {bad[0] if bad else 'all parameters together'}"
+        log.skipped(progress.step - len(steps) + i + 1, progress.skipped, problem)
+    routing = dict(zip(routing, numbers[len(steps) * width :], strict=True))
+    steps.clear()
+    return {"loss": loss, "grad_norm": grad_norm}, routing
 
 
 def check_text(checkpoint: dict, ids: dict[str, str], out: Path, data: str) -> None:

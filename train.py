@@ -4,7 +4,8 @@
 - OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
 - Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU.
 - Routed models (routing.py) train with their auxiliary losses added; `loss` in the log is the language model's alone.
-- A step whose loss or gradient is not finite is skipped, counted and named; ten in a row end the run.
+- A step whose loss or gradient is not finite updates nothing, is counted and named; ten in a row end the run. The
+  device sees to it alone: the host waits for it once a log line.
 Left out: float16 and its loss scaling, several processes, other optimisers.
 """
 
@@ -19,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import runs
 from accounting import count_params, flops_per_token
 from attention import KINDS, letters_help
 from configurator import build, cli, need, parse, to_toml
 from data import eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from generate import continue_text
 from layers import IGNORE
-from machine import DTYPES, choose_machine, compile_blocks, sync
+from machine import DTYPES, Prefetch, choose_machine
 from model import Hydra, HydraConfig
-from runs import Progress, RunLog, check_text, load_weights, open_folder, resumable, save_checkpoint, stop_on_signals
+from runs import Progress
 
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
@@ -58,8 +60,9 @@ class TrainConfig:
     log_interval: int = 10  # steps between log lines
     sample_tokens: int = 80  # tokens of the sample at each evaluation, 0 = none
     sample_prompt: str = "def"  # text that the samples go on from; tokens begin with their space, so end it without
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (eager, and untested)
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast over fp32 weights)
+    recompute: str = "none"  # block: keep the blocks' inputs alone and run blocks again in the backward; or none
     compile: str = "auto"  # torch.compile of the blocks: auto, on or off
     seed: int = 1337  # of the weights, the batches and the samples
 
@@ -72,7 +75,10 @@ class TrainConfig:
         need(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "choose a value from 0 to 1")
         for name in ("beta1", "beta2"):
             need(self, name, 0 <= getattr(self, name) < 1, "it must be at least 0 and below 1")
+        remedy = "it needs its loss scaled, which is left out here: use bfloat16"
+        need(self, "dtype", self.dtype != "float16", remedy)
         need(self, "dtype", self.dtype in ("auto", *DTYPES), "use auto, float32 or bfloat16")
+        need(self, "recompute", self.recompute in ("none", "block"), "use none or block")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
         need(self, "out_dir", len(self.out_dir) > 0, "name a folder")
         need(self, "seed", self.seed < 2**63, "choose one below 2**63")
@@ -89,14 +95,6 @@ def make_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), fused=True)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
-    """Its moments from a checkpoint; its options stay as they were made, group by group: they may have been changed."""
-    made = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(moments)
-    for group, options in zip(optimizer.param_groups, made, strict=True):
-        group.update(options)
-
-
 def learning_rate_at(step: int, run: TrainConfig) -> float:
     """Linear warmup over warmup_iters, then a cosine that reaches min_lr_ratio * learning_rate at max_iters."""
     if step < run.warmup_iters:
@@ -107,37 +105,38 @@ def learning_rate_at(step: int, run: TrainConfig) -> float:
 
 
 class Step(NamedTuple):
-    """What a training step did."""
+    """What a training step did, on its device: to read it is to wait for it, see `settle`."""
 
-    loss: float  # the language model's, mean over the step's batches
-    grad_norm: float  # before clipping
+    loss: Tensor  # the language model's, mean over the step's batches
+    grad_norm: Tensor  # before clipping
+    norms: dict[str, Tensor]  # of each parameter's gradient
     routing: dict[str, Tensor]  # of the last batch
-    problem: str  # what was not finite, so that nothing was updated; else ""
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]],
                grad_clip: float, autocast: torch.autocast) -> Step:  # fmt: skip
-    """Forward and backward of every batch, one update with the mean of their gradients, clipped to `grad_clip`."""
+    """Forward and backward of every batch, one update with the mean of their gradients, clipped to `grad_clip`; none
+    where the loss or the norm is not finite. The host does not wait for any of it."""
     losses = []
     for idx, targets in batches:
         with autocast:
             output = model(idx, targets)
         (output.loss / len(batches)).backward()
         losses.append(output.cross_entropy.detach())
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()  # the step's one sync point
-    problem = ""
-    if not math.isfinite(loss):
-        problem = "loss"
-    elif not math.isfinite(grad_norm):
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        problem = f"gradient of {bad[0] if bad else 'all parameters together'}"
-    else:
-        if grad_clip:
-            nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+    loss = torch.stack(losses).mean()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch._foreach_norm(list(grads.values()))
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+    sound = loss.isfinite() & norm.isfinite()
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = 1.0 - sound.float()  # a fused kernel updates nothing where this is 1, and nobody waits
+        optimizer.step()
+    elif sound:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Step(loss, grad_norm, output.routing, problem)
+    return Step(loss, norm, dict(zip(grads, norms, strict=True)), output.routing)
 
 
 @torch.no_grad()
@@ -166,29 +165,10 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
     (where,) = build({name: given[name] for name in ("out_dir", "resume") if name in given}, TrainConfig)
     if not where.resume:
         return *build(given, *kinds), None, []
-    checkpoint, notes = resumable(Path(where.out_dir), given, *kinds)
+    checkpoint, notes = runs.resumable(Path(where.out_dir), given, *kinds)
     stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir}
     config, run = build(given | {"resume": False}, *kinds, base=stored)
     return config, run, checkpoint, notes
-
-
-def advance(model: Hydra, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]], run: TrainConfig,
-            progress: Progress, autocast: torch.autocast, log: RunLog) -> Step:  # fmt: skip
-    """One training step, counted in `progress`; one that was not finite is logged and skipped."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(progress.step, run)
-    done = train_step(model, optimizer, batches, run.grad_clip, autocast)
-    progress.step += 1
-    if done.problem:
-        progress.skipped += 1
-        progress.streak += 1
-        log.skipped(progress, done.problem)
-        return done
-    progress.streak = 0
-    progress.counted += 1
-    if run.grad_clip and done.grad_norm > run.grad_clip:
-        progress.clipped += 1
-    return done
 
 
 def main(argv: list[str]) -> int:
@@ -205,34 +185,35 @@ def main(argv: list[str]) -> int:
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
 
-    def batches(step: int) -> list[tuple[Tensor, Tensor]]:
+    def make_batches(step: int) -> list[tuple[Tensor, Tensor]]:
         numbers = range(step * run.gradient_accumulation_steps, (step + 1) * run.gradient_accumulation_steps)
-        pairs = [get_batch(corpus.train, run.batch_size, config.block_size, run.seed, n) for n in numbers]
-        return [(x.to(machine.device, non_blocking=True), y.to(machine.device, non_blocking=True)) for x, y in pairs]
+        return [get_batch(corpus.train, run.batch_size, config.block_size, run.seed, n) for n in numbers]
 
+    batches = Prefetch(make_batches, machine.device)
     batches(0)  # too short a text is refused before anything is written
 
     # ---- model, optimiser, resume
     torch.manual_seed(run.seed)
     model = Hydra(config).to(machine.device)
+    model.recompute = run.recompute == "block"
     backends = model.backends(machine.compiled, grad=True)
     optimizer = make_optimizer(model, run)
     progress = Progress()
     evaluates = True  # at the first step of this run
     if checkpoint:
-        check_text(checkpoint, ids, out, run.data)
-        load_weights(model, checkpoint, out / "last.pt")
-        restore_optimizer(optimizer, checkpoint["optimizer"])
+        runs.check_text(checkpoint, ids, out, run.data)
+        runs.load_weights(model, checkpoint, out / "last.pt")
+        runs.restore_optimizer(optimizer, checkpoint["optimizer"])
         progress = Progress(**{name: checkpoint[name] for name in asdict(progress)})
         evaluates = progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
     first_step = progress.step
 
     def save(name: str, **more: dict) -> None:
         configs = {"model_config": asdict(config), "train_config": asdict(run)}
-        save_checkpoint(out / name, {"model": model.state_dict(), **configs, **ids, **asdict(progress), **more})
+        runs.save_checkpoint(out / name, {"model": model.state_dict(), **configs, **ids, **asdict(progress), **more})
 
     # ---- the run's folder; say what was chosen and why
-    log, aside, best = open_folder(out, to_toml(config, run), first_step if checkpoint else None, evaluates)
+    log, aside, best = runs.open_folder(out, to_toml(config, run), first_step if checkpoint else None, evaluates)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
     parameters = count_params(config)
     facts = {"corpus": corpus.description, **ids, **machine.facts,
@@ -243,22 +224,31 @@ def main(argv: list[str]) -> int:
     print("\n".join(said), flush=True)
     log.start(first_step, bool(checkpoint), {
         **facts, "config": asdict(config) | asdict(run), "parameters": parameters, "matmul_peak": machine.peak,
-        "flops_per_token": flops_per_step / tokens_per_step})  # fmt: skip
+        "datasheet_peak": machine.listed_peak, "flops_per_token": flops_per_step / tokens_per_step})  # fmt: skip
 
     # ---- the loop: save, evaluate, sample, step
     if machine.compiled:
-        compile_blocks(model.blocks, 64 * config.mor_recursions)
-    stop = stop_on_signals()
+        model.compile_training()
+    stop = runs.stop_on_signals()
     began = time.perf_counter()
-    seconds: list[float] = []  # of the steps since the last log line
+    steps: list[Step] = []  # that are not read yet
     while True:
         step = progress.step
         final = step >= run.max_iters
         due = final or step % run.eval_interval == 0
+        if steps and (due or stop):
+            runs.settle(steps, run.grad_clip, progress, log)
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
+        if progress.streak >= MAX_BAD:
+            message = f"{progress.streak} steps in a row were not finite"
+            log.write({"step": step, "stopped": message})
+            print(f"error: {message}; {kept}: lower --learning_rate", file=sys.stderr, flush=True)
+            return 1
         if (due or stop) and step > first_step:
+            model.eval()  # has its graphs already
             with torch.no_grad(), machine.autocast():
                 sound = model(*batches(step)[0]).loss.isfinite()  # weights can be finite and still be lost
+            model.train()
             if sound:
                 save("last.pt", optimizer=optimizer.state_dict())
                 kept = f"saved in {out}"
@@ -280,27 +270,25 @@ def main(argv: list[str]) -> int:
         if final:
             break
 
-        sync(machine.device)
-        start = time.perf_counter()
-        done = advance(model, optimizer, batches(step), run, progress, machine.autocast(), log)
-        sync(machine.device)
-        seconds.append(time.perf_counter() - start)
-        if progress.streak >= MAX_BAD:
-            message = f"{MAX_BAD} steps in a row were not finite, the last one in its {done.problem}"
-            log.write({"step": step + 1, "stopped": message})
-            print(f"error: {message}; {kept}: lower --learning_rate", file=sys.stderr, flush=True)
-            return 1
-        if step == 0 or progress.step % run.log_interval == 0:
-            mean = sum(seconds) / len(seconds)
-            seconds.clear()
-            pace = (time.perf_counter() - began) / (progress.step - first_step)
-            routing = {name: value.item() for name, value in done.routing.items()}
-            log.step(run.max_iters, {
-                "step": progress.step, "loss": done.loss, "lr": optimizer.param_groups[0]["lr"],
-                "grad_norm": done.grad_norm, "clipped": progress.clipped / max(1, progress.counted), "ms": mean * 1e3,
-                "tokens_per_s": tokens_per_step / mean, "mfu": flops_per_step / mean / machine.peak,
-                "eta_s": (run.max_iters - progress.step) * pace, "skipped": progress.skipped}, routing)  # fmt: skip
-            progress.clipped = progress.counted = 0
+        if not steps:
+            start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, run)
+        steps.append(train_step(model, optimizer, batches(step), run.grad_clip, machine.autocast()))
+        progress.step += 1
+        if step > 0 and progress.step % run.log_interval > 0:
+            continue
+        taken = len(steps)
+        numbers, routing = runs.settle(steps, run.grad_clip, progress, log)
+        mean = (time.perf_counter() - start) / taken
+        pace = (time.perf_counter() - began) / (progress.step - first_step)
+        flops = {"mfu": flops_per_step, "mfu_6n": 6 * parameters * tokens_per_step}
+        log.step(run.max_iters, {
+            "step": progress.step, **numbers, "lr": group["lr"], "clipped": progress.clipped / max(1, progress.counted),
+            "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean,
+            **{name: n / mean / machine.peak for name, n in flops.items()},
+            "eta_s": (run.max_iters - progress.step) * pace, "skipped": progress.skipped}, routing)  # fmt: skip
+        progress.clipped = progress.counted = 0
 
     # ---- the number to compare
     with machine.autocast():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import layers
-from layers import IGNORE, ChunkedCrossEntropy, Linear, RMSNorm, SwiGLU, compute_dtype, cross_entropy
+from layers import IGNORE, ChunkedCrossEntropy, Linear, RMSNorm, SwiGLU, compute_dtype, cross_entropy, loss_chunk
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -192,7 +192,7 @@ def test_the_chunked_loss_never_holds_all_logits():
 
     x, weight, targets = text(512, 300, 8)
     with Largest() as seen:
-        ChunkedCrossEntropy.apply(x, weight, targets, 64, torch.float32, True).backward()
+        ChunkedCrossEntropy.apply(x, weight, targets, 64, torch.float32, True, loss_chunk).backward()
     assert seen.numel == 64 * 300
 
 
@@ -232,7 +232,7 @@ def test_without_any_target_both_losses_are_nan_and_no_class_is_pushed(monkeypat
     for rows in (80, 16):
         chunks_of(monkeypatch, rows)
         assert cross_entropy(x, weight, targets)[1].isnan()
-    total = ChunkedCrossEntropy.apply(x, weight, targets, 16, torch.float32, True)
+    total = ChunkedCrossEntropy.apply(x, weight, targets, 16, torch.float32, True, loss_chunk)
     assert total == 0 and not any(grad.any() for grad in torch.autograd.grad(total, [x, weight]))
 
 
@@ -247,7 +247,7 @@ def test_the_dtype_of_a_product():
 
 
 def loss_in_chunks(x):
-    return ChunkedCrossEntropy.apply(x, torch.randn(9, 8), torch.arange(4), 2, torch.float32, True)
+    return ChunkedCrossEntropy.apply(x, torch.randn(9, 8), torch.arange(4), 2, torch.float32, True, loss_chunk)
 
 
 HAND_WRITTEN = {"RMSNorm": RMSNorm(8, 1e-6), "SwiGLU": SwiGLU(8, 6), "ChunkedCrossEntropy": loss_in_chunks}

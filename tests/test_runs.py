@@ -238,11 +238,11 @@ def test_every_record_is_a_line_of_json_at_once(tmp_path, capsys):
     log = runs.RunLog(path)
     log.start(3, True, {"dtype": "float32"})
     log.write({"step": 1, "loss": math.nan, "lr": math.inf, "name": "nan", "count": 2})
-    log.skipped(runs.Progress(step=7, skipped=2), "loss")
+    log.skipped(7, 2, "loss")
     log.evaluation({"step": 8, "val_loss": 2.0, "val_bpb": 3.0, "best": True})
     log.evaluation({"step": 9, "val_loss": 2.5, "val_bpb": 3.5, "best": False})
     step = {"step": 10, "loss": 1.0, "lr": 1e-3, "grad_norm": 2.0, "clipped": 0.25, "ms": 12.0, "tokens_per_s": 1234.0,
-            "mfu": 0.5, "eta_s": 125.9, "skipped": 0}  # fmt: skip
+            "mfu": 0.5, "mfu_6n": 0.4, "eta_s": 125.9, "skipped": 0}  # fmt: skip
     log.step(40, step, {"routed_fraction": 0.125})
     found = records(tmp_path)  # the file is still open
     header = found[0]
@@ -257,7 +257,8 @@ def test_every_record_is_a_line_of_json_at_once(tmp_path, capsys):
         "step     7 | loss is not finite: update skipped (2 so far)",
         "step     8 | validation 2.0000 nats/token, 3.0000 bits/byte (best)",
         "step     9 | validation 2.5000 nats/token, 3.5000 bits/byte",
-        "step    10 |  25% | loss 1.0000 | lr 1.00e-03 | norm 2.00 | clipped  25% | 12 ms | 1,234 tokens/s | MFU 50% | "
+        "step    10 |  25% | loss 1.0000 | lr 1.00e-03 | norm 2.00 | clipped  25% | 12 ms | 1,234 tokens/s | MFU 50%, "
+        "by 6N 40% | "
         "routed_fraction 0.125 | ETA 2:05",
     ]  # fmt: skip
 
@@ -471,7 +472,7 @@ def test_a_changed_text_or_tokenizer_is_named(tmp_path):
 def test_a_run_killed_behind_its_evaluation_keeps_its_best(tmp_path, monkeypatch):
     """Killed after the best.pt of step 2, before anything else: the evaluation comes again, and again is the best."""
     out = tmp_path / "run"
-    real = train.save_checkpoint
+    real = runs.save_checkpoint
 
     def save_checkpoint(path, content):
         real(path, content)
@@ -479,7 +480,7 @@ def test_a_run_killed_behind_its_evaluation_keeps_its_best(tmp_path, monkeypatch
             raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", save_checkpoint)
+        patch.setattr(runs, "save_checkpoint", save_checkpoint)
         with pytest.raises(SystemExit):
             train.main(options(tmp_path, "run", max_iters=3, eval_interval=2, learning_rate=0.01))
     killed = checkpoint(out, "best")
