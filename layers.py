@@ -6,6 +6,7 @@ widths, never a configuration, and fill the parameters of their own in `init_wei
 Letters in shapes: N rows (tokens of all texts), D model width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -134,16 +135,21 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def loss_chunk(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_x_ND: Tensor | None,
                grad_weight_VD: Tensor | None) -> Tensor:  # fmt: skip
     """Cross-entropy [N] of x W^T, 0 at an ignored target, fp32. The gradient of its sum is written to `grad_x` and
-    added to `grad_weight`, where they are given. Another target outside of the vocabulary fails at the gather."""
+    added to `grad_weight`, where they are given. Another target outside of the vocabulary fails at the gather;
+    compiled, where that check is no sure one, its loss is NaN, which no step learns from."""
+    V = weight_VD.size(0)
     kept = (targets_N != IGNORE)[:, None]
     index = targets_N[:, None] * kept
     logits = (x_ND @ weight_VD.t()).float()
     norm = logits.logsumexp(-1, keepdim=True)
+    if torch.compiler.is_compiling():
+        norm = torch.where((index >= 0) & (index < V), norm, math.nan)
+        index = index.clamp(0, V - 1)
     nats = (norm - logits.gather(1, index)) * kept
     if grad_x_ND is None:
         return nats
     if torch.compiler.is_compiling():  # d nats / d logits = softmax - onehot, in one pass over the logits
-        onehot = torch.arange(weight_VD.size(0), device=x_ND.device) == index
+        onehot = torch.arange(V, device=x_ND.device) == index
         grad = ((logits - norm).exp() - onehot.float()) * kept
     else:  # the same, written over the logits
         grad = logits.sub_(norm).exp_()

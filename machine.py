@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
 import shutil
 import sysconfig
 import time
@@ -328,6 +329,14 @@ def memory_of(call: Callable[[], object], device: torch.device) -> dict[str, flo
     else:
         peak = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
     return {"base_mb": before / 1e6, "peak_mb": peak / 1e6, "step_mb": (peak - before) / 1e6}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has had on the device so far; on a CPU its resident set, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def in_child(call: Callable, *args):

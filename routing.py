@@ -210,7 +210,11 @@ def recurse(blocks: Sequence[nn.Module], routers: Sequence[Router], x_BTD: Tenso
     """All blocks for all tokens, then once more for each router, for the tokens that it selects of those before it
     -> [B, T, D], and what every router did. States: one for each block of the first recursion, of the second, .."""
     records: list[tuple[Router, Record]] = []
-    tokens = recursion_tokens(len(routers) + 1, x_BTD.size(1))
+    B, T = x_BTD.shape[:2]
+    tokens = recursion_tokens(len(routers) + 1, T)
+    if routers and states is None and not routers[0].training:  # evaluation: all recursions share graphs
+        every_BT = torch.arange(T, device=x_BTD.device).expand(B, T)
+        ctx = selection_at(every_BT, every_BT, ctx, torch.full_like(every_BT[:, 0], T)).ctx
     x = run_blocks(blocks, x_BTD, ctx, states and states[: len(blocks)], records)
     outer = []
     for i, router in enumerate(routers, 1):

@@ -27,7 +27,7 @@ from configurator import build, cli, need, parse, to_toml
 from data import eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from generate import continue_text
 from layers import IGNORE
-from machine import DTYPES, Prefetch, choose_machine
+from machine import DTYPES, Prefetch, choose_machine, peak_memory
 from model import Hydra, HydraConfig
 from runs import Progress
 
@@ -293,10 +293,11 @@ def main(argv: list[str]) -> int:
     # ---- the number to compare
     with machine.autocast():
         found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device)
-    log.write({"step": progress.step, **found, "final": True})
+    peak = peak_memory(machine.device)
+    log.write({"step": progress.step, **found, "final": True, "peak_memory": peak})
     part = f"{run.final_eval_iters} batches of the" if run.final_eval_iters else "whole"
     print(f"{part} validation split: {found['val_loss']:.4f} nats/token, {found['val_bpb']:.4f} bits/byte; "
-          f"{time.perf_counter() - began:.0f} s in all"
+          f"{time.perf_counter() - began:.0f} s in all, at most {peak / 1e6:,.0f} MB of memory"
           + (f"; sample it with: python sample.py --out_dir={run.out_dir} --prompt=import" if progress.step else ""))
     return 0
 

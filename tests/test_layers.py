@@ -125,6 +125,30 @@ def test_swiglu_with_gradients_is_the_plain_one_and_keeps_less(autocast):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_swiglu_compiled_keeps_no_product_either():
+    """The same numbers are kept as in eager: the compiler makes the product again in the backward."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mlp = SwiGLU(64, 96)
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    expected = mlp(x)
+    plain = torch.autograd.grad(expected.square().sum(), [x, *mlp.parameters()])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        got = torch.compile(mlp, fullgraph=True, dynamic=False)(x)
+    assert sum(n for n in kept.values() if n % 96 == 0 and n < 64 * 96) == 10 * 2 * 96
+    torch.testing.assert_close(got, expected)
+    ours = torch.autograd.grad(got.square().sum(), [x, *mlp.parameters()])
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 # ---- the loss
 
 
@@ -155,6 +179,47 @@ def test_the_chunked_loss_equals_the_plain_one(rows, dtype, monkeypatch):
     torch.testing.assert_close(loss, plain)
     for a, b in zip(torch.autograd.grad(loss * 3, [x, weight]), expected, strict=True):
         torch.testing.assert_close(a, 3 * b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def compiled_loss():
+    torch._dynamo.reset()
+    return torch.compile(layers.loss_chunk, fullgraph=True, dynamic=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_loss_equals_the_plain_fp32_one(compiled_loss, dtype, monkeypatch):
+    """Loss and gradients, ignored targets included, one graph for all chunks."""
+    x, weight, targets = text()
+    plain = F.cross_entropy(x @ weight.t(), targets, ignore_index=IGNORE)
+    expected = torch.autograd.grad(plain, [x, weight])
+    monkeypatch.setattr(layers, "MAX_LOGITS", 3 * 97)  # eight times three rows, of which twenty divide 80
+    torch._dynamo.utils.counters.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        none, loss = cross_entropy(x, weight, targets, compiled_loss)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert none is None and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for a, b in zip([loss, *torch.autograd.grad(loss, [x, weight])], [plain, *expected], strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [-2, 97, 1000])
+def test_a_target_outside_of_the_vocabulary_makes_a_compiled_loss_nan(compiled_loss, target, monkeypatch):
+    x, weight, targets = text()
+    targets[33] = target
+    monkeypatch.setattr(layers, "MAX_LOGITS", 3 * 97)
+    assert cross_entropy(x, weight, targets, compiled_loss)[1].isnan()
+
+
+def test_the_rows_of_a_compiled_chunk_divide_all_rows_where_that_costs_little():
+    for N in range(1, 400):
+        for most in (1, 7, 64, 100):
+            rows = layers.chunk_rows(N, most)
+            assert rows <= most and (N % rows == 0 or rows == most)
+    assert layers.chunk_rows(32 * 1024, 5336) == 4096 and layers.chunk_rows(97, 60) == 60
+    assert layers.chunk_rows(2**15, 2**20) == 2**15
 
 
 def test_the_plain_loss_keeps_logits_that_are_few_and_no_more(monkeypatch):

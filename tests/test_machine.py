@@ -12,7 +12,7 @@ from torch import nn
 import machine
 from configurator import UserError
 from generate import generate, new_state, pack, prefill
-from machine import PackedLinear, choose_compile, choose_device, choose_dtype
+from machine import PackedLinear, Prefetch, choose_compile, choose_device, choose_dtype, datasheet_peak
 from model import Hydra
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -51,6 +51,44 @@ def test_the_device_is_what_was_asked_for_or_an_error(monkeypatch):
     assert choose_device("auto") == CUDA and choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UserError, match="sees no such GPU"):
         choose_device("cuda:2")
+
+
+def test_an_apple_gpu_is_eager_and_in_fp32_and_says_that_it_is_untested(monkeypatch):
+    with pytest.raises(UserError, match="device='mps': torch .* sees no Apple GPU"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    mps = choose_device("mps")
+    assert mps == torch.device("mps")
+    assert choose_dtype("auto", mps, 768)[0] == torch.float32
+    compiled, reason = choose_compile("auto", mps, 1e20)
+    assert not compiled and "untested" in reason
+    with pytest.raises(UserError, match="compile='on': an Apple GPU runs eager"):
+        choose_compile("on", mps, 1e20)
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10G", 70e12), ("NVIDIA GB200", 2500e12),
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce GTX 1080", None), ("NVIDIA L40", None)])  # fmt: skip
+def test_the_peak_of_the_data_sheet_is_found_by_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert datasheet_peak(CUDA, torch.bfloat16) == peak
+    assert datasheet_peak(CUDA, torch.float32) == (peak and peak / 2)
+    assert datasheet_peak(CPU, torch.bfloat16) is None
+
+
+def test_batches_are_made_once_a_step():
+    made = []
+
+    def make(step):
+        made.append(step)
+        return [(torch.tensor([step]), torch.tensor([step + 1]))]
+
+    batches = Prefetch(make, CPU)
+    for step in (0, 0, 1, 2, 2, 7):
+        ((x, y),) = batches(step)
+        assert (x.item(), y.item()) == (step, step + 1)
+    assert made == [0, 1, 2, 7]
 
 
 @pytest.mark.parametrize("feature", ["amx_bf16", "avx512_bf16"])

@@ -575,6 +575,29 @@ def test_blocks_compiled_one_by_one_have_static_shapes():
     assert frames == [frames[0]] * 3
 
 
+@pytest.mark.parametrize("changes", [{}, {"mod_capacity": 0.25}, {"mor_recursions": 3}], ids=str)
+def test_recomputed_blocks_keep_their_inputs_alone_and_change_nothing(changes):
+    idx = tokens(2, 24)
+    kept, gradients = [], []
+    for recompute in (False, True):
+        net = make(**changes)
+        net.recompute = recompute
+        parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        storages = {}
+
+        def pack(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = net(idx, idx).loss
+        loss.backward()
+        kept.append(sum(n for pointer, n in storages.items() if pointer not in parameters))
+        gradients.append([p.grad for p in net.parameters()])
+    assert kept[1] < kept[0] / 3
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_the_flex_road_has_a_mask_for_every_number_of_tokens(monkeypatch):
     """Traced as for CUDA: one graph, the loss of SDPA, block masks made before it. Its gradients: test_attention.py."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)

@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import train
@@ -658,8 +660,9 @@ def test_a_gradient_that_is_not_finite_is_named_skipped_and_leaves_no_trace(tmp_
     assert {int(moment["step"]) for moment in moments.values()} == {4}
 
 
-def test_a_loss_that_is_not_finite_is_named_and_skipped_whatever_its_gradient():
-    """One bad batch of two."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_that_is_not_finite_updates_nothing_whatever_its_gradient(fused):
+    """One bad batch of two; the host decides for SGD, the kernel for the fused AdamW."""
     model = Hydra(shape(pattern="M", n_layer=1))
     before = [p.detach().clone() for p in model.parameters()]
     real = model.forward
@@ -670,10 +673,43 @@ def test_a_loss_that_is_not_finite_is_named_and_skipped_whatever_its_gradient():
     model.forward = forward
     batches = [(torch.full((1, 8), token), torch.ones(1, 8, dtype=torch.int64)) for token in (0, 1)]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    if fused:
+        optimizer = train.make_optimizer(model, TrainConfig(weight_decay=1.0))
     done = train.train_step(model, optimizer, batches, 1.0, torch.autocast("cpu", enabled=False))
     assert done.loss == math.inf and done.grad_norm.isfinite()
     for p, old in zip(model.parameters(), before, strict=True):
         assert p.grad is None and torch.equal(p, old)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mod_capacity": 0.25}, {"mor_recursions": 3}], ids=str)
+def test_a_step_never_waits_for_its_numbers(changes):
+    """Nothing is read back to the host, and no shape depends on a value, in a step of the default optimiser."""
+    waits = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal"}
+
+    class Seen(TorchDispatchMode):
+        names: set[str] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    model = Hydra(shape(**changes))
+    optimizer = train.make_optimizer(model, TrainConfig())
+    idx = torch.randint(0, 257, (2, 32))
+    with Seen() as seen:
+        train.train_step(model, optimizer, [(idx, idx)] * 2, 1.0, torch.autocast("cpu", enabled=False))
+    assert not seen.names & waits and "_fused_adamw_" in seen.names
+
+
+@pytest.mark.parametrize("changes, most", [({}, 6), ({"mod_capacity": 0.25}, 10), ({"mor_recursions": 2}, 9)], ids=str)
+def test_a_run_needs_few_graphs(tmp_path, monkeypatch, changes, most):
+    """Training, evaluations and the checks before a save: no graph more than training and evaluation have."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: real(self, backend=counter, **keys))
+    train.main(options(tmp_path, "run", max_iters=4, eval_interval=2, compile="on", **changes))
+    assert counter.frame_count <= most
 
 
 def test_only_ten_bad_steps_in_a_row_end_a_run(tmp_path, monkeypatch, capsys):
