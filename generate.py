@@ -26,6 +26,7 @@ from layers import compute_dtype
 from machine import PackedLinear, compile_blocks, packing_problem
 from model import Hydra
 
+LEAST = 128  # slots that a static step reads at least; each power of two above is one more graph
 LOOK = 8  # captured steps between two looks for the end of all rows
 
 
@@ -37,7 +38,7 @@ class DecodingState:
     pos_B: Tensor  # int64 [B], tokens of each row so far: the position of its next one
     slots: int  # S, tokens that a row may have
     static: bool  # no shape follows the text
-    least: int  # slots that a static step reads at least; each power of two above is one more graph
+    least: int  # slots that a static step reads at least
     tokens: int = 0  # of the longest row
     uniform: bool = True  # all rows have as many
 
@@ -60,7 +61,7 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def new_state(model: Hydra, B: int, S: int, static: bool = False, least: int = 128) -> DecodingState:
+def new_state(model: Hydra, B: int, S: int, static: bool = False, least: int = LEAST) -> DecodingState:
     """An empty state for B texts of up to S tokens each, in the dtype that the model computes in; a `static` one has a
     power of two of slots, so that few shapes are ever compiled: with least=S a single one of the steps. For its size
     see `accounting.state_bytes`."""

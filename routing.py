@@ -114,8 +114,8 @@ def selection_at(index_Bk: Tensor, gate_Bk: Tensor, ctx: Context, lengths_B: Ten
 
 
 def select_now(r_B1: Tensor, x_B1D: Tensor, ctx: Context, state: LayerState) -> Selection | None:
-    """A decoding step: the next slot of these layers is each row's count, and rows that bypass keep their state. Nothing
-    runs where no row is selected; in a static step all rows run, without a sync."""
+    """A decoding step: the next slot of these layers is each row's count, and rows that bypass keep their state. In a
+    static step all rows run, without a sync; else nothing runs where no row is selected."""
     keep_B, count_B = r_B1[:, 0] > 0, state["count"]
     if ctx.keep is not None:
         keep_B = keep_B & ctx.keep

@@ -1,5 +1,5 @@
-"""What a CUDA graph is, on real CPU tensors: what a step does to tensors is recorded once and repeated without Python, on
-the same addresses, with every number and shape as it was. So captured decoding is tested where there is no GPU.
+"""What a CUDA graph is, on real CPU tensors: what a step does to tensors is recorded once and repeated without Python,
+on the same addresses, with every number and shape as it was. So captured decoding is tested where there is no GPU.
 
 It proves that a step works in place on tensors that stay, that nothing in it follows a number of the host, and that it
 asks the device for nothing. It cannot prove that CUDA's kernels let themselves be captured.
