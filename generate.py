@@ -134,7 +134,7 @@ def take_slot(model: Hydra, state: DecodingState) -> int:
     state.tokens += 1
     if not state.static:
         return state.tokens
-    return min(state.slots, max(state.least, power_of_two(state.tokens)))
+    return min(state.slots, power_of_two(max(state.least, state.tokens)))
 
 
 def decode(model: Hydra, token_B: Tensor, state: DecodingState) -> Tensor:
