@@ -172,7 +172,7 @@ def sample_token(logits_BV: Tensor, temperature: float, top_k: int, top_p: float
         return logits_BV.argmax(-1)
     logits_BV, order_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
     if top_k:
-        logits_BV[:, top_k:] = -math.inf
+        logits_BV[:, top_k:].fill_(-math.inf)
     probs_BV = logits_BV.softmax(-1)
     beyond = probs_BV.cumsum(-1) - probs_BV >= top_p  # the token that crosses top_p stays, and always the likeliest
     probs_BV[:, 1:].masked_fill_(beyond[:, 1:], 0.0)
