@@ -38,8 +38,9 @@ class Context(NamedTuple):
     # only with a state, whose rows may hold texts of different lengths, or behind a router in evaluation:
     decoding: bool = False  # one new token a row, at pos [B, 1]; else a prefill, texts padded on the right
     lengths: Tensor | None = None  # prefill: int64 [B], tokens of each row, None = all
-    visible: int | None = None  # decoding: no row has more tokens, the new one included; None = all slots are read
+    visible: int = 0  # decoding: no row has more tokens, the new one included
     uniform: bool = False  # decoding: every row has `visible` tokens, so that no mask is needed
+    static: bool = False  # decoding: no shape, address or choice follows the text, so that the step may be captured
     keep: Tensor | None = None  # decoding: bool [B], the rows that may change the state, None = all
 
 
@@ -141,11 +142,9 @@ def store(slots_BSGK: Tensor, new_BTGK: Tensor, ctx: Context) -> None:
 
 
 def read(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, ctx: Context, scale: float | None = None) -> Tensor:
-    """One query a row over its stored keys and values -> [B, 1, H, K]. `ctx.visible` cuts the slots to a view, which
-    a CPU reads faster than a mask; without it all slots are read under a mask: one shape, one graph."""
-    visible = k_BSGK.size(1)
-    if ctx.visible is not None:
-        visible = min(visible, ctx.visible)
+    """One query a row over its stored keys and values -> [B, 1, H, K]. `ctx.visible` cuts the slots to a view; where
+    rows may have fewer tokens a mask hides the others' slots, which a CPU reads slower than a view."""
+    visible = min(k_BSGK.size(1), ctx.visible)
     mask = None
     if not ctx.uniform:  # a ring is full once the row is as long as it, and holds positions 0.. before
         mask = (torch.arange(visible, device=q_BTHK.device) <= ctx.pos)[:, None, None]

@@ -2,15 +2,18 @@
 
 `generate` is `new_state`, `prefill`, and `sample_token` and `decode` in a loop. A step promises the layers what a CPU
 is faster with: views up to the longest text, plain writes where all are equally long. Where shapes must not follow the
-text (`static`: CUDA, compiled steps) every slot is read under a mask. Faster on a CPU: `pack`, `compile_decoding`.
+text (`static`: CUDA, compiled steps) slots are read under a mask, up to the power of two that the text has reached; on
+CUDA such steps are captured (`Replayed`). Faster on a CPU: `pack`, `compile_decoding`.
 Left out: beam search, speculative decoding, continuing a state with a second prompt.
 
 Shapes: B texts, T tokens of the longest prompt, S slots of a state, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,9 @@ from layers import compute_dtype
 from machine import PackedLinear, compile_blocks, packing_problem
 from model import Hydra
 
+LEAST = 128  # slots that a static step reads at least; each power of two above is one more graph
+LOOK = 8  # captured steps between two looks for the end of all rows
+
 
 @dataclass
 class DecodingState:
@@ -32,6 +38,7 @@ class DecodingState:
     pos_B: Tensor  # int64 [B], tokens of each row so far: the position of its next one
     slots: int  # S, tokens that a row may have
     static: bool  # no shape follows the text
+    least: int  # slots that a static step reads at least
     tokens: int = 0  # of the longest row
     uniform: bool = True  # all rows have as many
 
@@ -54,9 +61,10 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def new_state(model: Hydra, B: int, S: int, static: bool = False) -> DecodingState:
+def new_state(model: Hydra, B: int, S: int, static: bool = False, least: int = LEAST) -> DecodingState:
     """An empty state for B texts of up to S tokens each, in the dtype that the model computes in; a `static` one has a
-    power of two of slots, so that few shapes are ever compiled. For its size see `accounting.state_bytes`."""
+    power of two of slots, so that few shapes are ever compiled: with least=S a single one of the steps. For its size
+    see `accounting.state_bytes`."""
     if static:
         S = power_of_two(S)
     weight = model.embed.weight
@@ -72,7 +80,7 @@ def new_state(model: Hydra, B: int, S: int, static: bool = False) -> DecodingSta
             elif recursion:
                 layer["count"] = count_B
             layers.append(layer)
-    return DecodingState(layers, pos_B, S, static)
+    return DecodingState(layers, pos_B, S, static, least)
 
 
 def longest_text(model: Hydra) -> float:
@@ -120,18 +128,25 @@ def prefill_step(model: Hydra, idx_BT: Tensor, lengths_B: Tensor, state: Decodin
     return model.head(last_BD)
 
 
-def decode(model: Hydra, token_B: Tensor, state: DecodingState) -> Tensor:
-    """One more token for every row -> logits [B, V]. UserError where the state is full."""
+def take_slot(model: Hydra, state: DecodingState) -> int:
+    """Count one more token -> the slots that its step reads. UserError where the state is full."""
     check_room(model, state, state.tokens + 1)
     state.tokens += 1
-    if state.static:
-        return decode_step(model, token_B, state, None, False)
-    return decode_step(model, token_B, state, state.tokens, state.uniform)
+    if not state.static:
+        return state.tokens
+    return min(state.slots, power_of_two(max(state.least, state.tokens)))
 
 
-def decode_step(model: Hydra, token_B: Tensor, state: DecodingState, visible: int | None, uniform: bool) -> Tensor:
-    """The tensors' part of `decode`. With visible=None no sync and no shape that grows: one graph, good for capture."""
-    ctx = model.context(state.pos_B[:, None], decoding=True, visible=visible, uniform=uniform)
+def decode(model: Hydra, token_B: Tensor, state: DecodingState) -> Tensor:
+    """One more token for every row -> logits [B, V]. UserError where the state is full."""
+    visible = take_slot(model, state)
+    return decode_step(model, token_B, state, visible, state.uniform and not state.static)
+
+
+def decode_step(model: Hydra, token_B: Tensor, state: DecodingState, visible: int, uniform: bool) -> Tensor:
+    """The tensors' part of `decode`: one graph for each `visible`, and in a static state no sync, so that it can be
+    captured."""
+    ctx = model.context(state.pos_B[:, None], None, True, visible, uniform, state.static)
     x_B1D, _ = model.trunk(token_B[:, None], ctx, state.layers)
     state.pos_B += 1
     return model.head(x_B1D[:, 0])
@@ -149,33 +164,113 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: f
         raise UserError(f"{top_p=}: choose a value above 0 and at most 1")
 
 
-def sample_token(logits_BV: Tensor, temperature: float, top_k: int, top_p: float,
-                 generator: torch.Generator | None) -> Tensor:  # fmt: skip
+def sample_token(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, noise_BV: Tensor | None) -> Tensor:
     """Next token ids [B] from fp32 logits: softmax at `temperature` over the `top_k` likeliest tokens (0 = all), of
-    those the fewest whose probability reaches `top_p`; temperature 0 takes the likeliest."""
+    those the fewest whose probability reaches `top_p`; temperature 0 takes the likeliest. noise_BV: from Exp(1), since
+    the largest of probability / noise is a sample: as torch.multinomial does it, which besides waits for the device."""
     if temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV, order_BV = (logits_BV / temperature).sort(dim=-1, descending=True)
     if top_k:
-        logits_BV[:, top_k:] = -math.inf
+        logits_BV[:, top_k:].fill_(-math.inf)
     probs_BV = logits_BV.softmax(-1)
     beyond = probs_BV.cumsum(-1) - probs_BV >= top_p  # the token that crosses top_p stays, and always the likeliest
-    probs_BV[:, 1:][beyond[:, 1:]] = 0.0
-    return order_BV.gather(1, torch.multinomial(probs_BV, 1, generator=generator)).squeeze(1)
+    probs_BV[:, 1:].masked_fill_(beyond[:, 1:], 0.0)
+    return order_BV.gather(1, (probs_BV / noise_BV).argmax(-1, keepdim=True)).squeeze(1)
+
+
+class Replayed:
+    """`step(visible)` on a GPU, replayed from CUDA graphs, one for each number: one launch instead of about a thousand.
+    The step works in place on tensors that stay. Graphs run one after the other and share what memory they need."""
+
+    def __init__(self, step: Callable[[int], None], device: torch.device):
+        self.step = step
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.replays: dict[int, Callable[[], None]] = {}
+
+    @staticmethod
+    def possible(weight: Tensor) -> bool:
+        """For a model of such weights: not under autocast, which keeps casts of them that a graph would read later."""
+        return weight.is_cuda and compute_dtype(weight) == weight.dtype
+
+    def __call__(self, visible: int) -> None:
+        if visible in self.replays:
+            self.replays[visible]()
+        else:
+            self.replays[visible] = self.capture(partial(self.step, visible))
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Run `step`, and record what it launches -> a call that launches it again."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):  # the warm-up, after which libraries have their workspaces there
+            step()
+        current.wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):  # nothing runs
+            step()
+        return graph.replay
+
+
+def sampled_tokens(
+    model: Hydra, state: DecodingState, logits_BV: Tensor, sampling: tuple[float, int, float], stop: int | None,
+    generator: torch.Generator | None, capture: bool,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The tokens behind a prefill that gave `logits_BV`, for ever, each computed when it is asked for; `sampling`:
+    temperature, top_k, top_p. The noise is drawn outside of a graph: captured or not, a seed gives the same numbers."""
+    token_B = torch.zeros_like(state.pos_B)  # the last tokens
+    ended_B = torch.zeros_like(token_B, dtype=torch.bool)
+    noise_BV = torch.empty_like(logits_BV, dtype=torch.float32)
+
+    def choose(logits_BV: Tensor) -> None:
+        next_B = sample_token(logits_BV.float(), *sampling, noise_BV)
+        if stop is not None:
+            next_B = next_B.masked_fill(ended_B, stop)
+            ended_B.logical_or_(next_B == stop)
+        token_B.copy_(next_B)
+
+    def step(visible: int) -> None:
+        choose(decode_step(model, token_B, state, visible, state.uniform and not state.static))
+
+    run = Replayed(step, token_B.device) if capture else step
+    for made in count():
+        if sampling[0]:
+            noise_BV.exponential_(generator=generator)
+        if made:
+            run(take_slot(model, state))
+        else:
+            choose(logits_BV)
+        yield token_B.clone()
+
+
+def until_all_end(tokens: Iterator[Tensor], stop: int, every: int) -> Iterator[Tensor]:
+    """The tokens up to the last row's end. A look at them waits for the device, so that they come in groups: the first
+    one, then `every` at a time, of which the last group may be computed in part for nothing."""
+    group = list(islice(tokens, 1))
+    while group:
+        ended = (torch.stack(group) == stop).all(1).tolist()
+        for token_B, last in zip(group, ended, strict=True):
+            yield token_B
+            if last:
+                return
+        group = list(islice(tokens, every))
 
 
 @torch.no_grad()
 def generate(
     model: Hydra, prompts: Tensor | list[Tensor], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
     top_p: float = 1.0, stop: int | None = None, generator: torch.Generator | None = None,
-    static: bool | None = None, state: DecodingState | None = None,
+    static: bool | None = None, state: DecodingState | None = None, capture: bool = True,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yields the next token ids [B] as they come, at most max_new_tokens times.
 
     prompts: see `prefill`; no row sees another or its padding. temperature, top_k, top_p: see `sample_token`. stop: a
     token id that ends its row, which then yields only that id; the last row's end ends the generation. static: shapes
     that do not follow the text, for compiled or captured steps; None = on CUDA. state: an empty one to use, for a
-    caller that looks at it afterwards. UserError for values that cannot be, and for a text longer than `longest_text`.
+    caller that looks at it afterwards. capture: static steps on CUDA are captured, the same text; with a `stop` they
+    come in groups, and the state may hold tokens behind the last. UserError for values that cannot be, and for a text
+    longer than `longest_text`.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     rows = list(prompts)
@@ -191,16 +286,12 @@ def generate(
     check_room(model, state, tokens)
     with torch.compiler.set_stance("force_eager"):  # of the prompts' length a graph would be used once
         logits_BV = prefill(model, rows, state)
-    ended_B = torch.zeros_like(state.pos_B, dtype=torch.bool)
-    for left in range(max_new_tokens, 0, -1):
-        token_B = sample_token(logits_BV.float(), temperature, top_k, top_p, generator)
-        if stop is not None:
-            token_B = token_B.masked_fill(ended_B, stop)
-            ended_B |= token_B == stop
-        yield token_B
-        if left == 1 or (stop is not None and ended_B.all()):
-            return
-        logits_BV = decode(model, token_B, state)
+    capture = capture and state.static and Replayed.possible(model.embed.weight)
+    steps = sampled_tokens(model, state, logits_BV, (temperature, top_k, top_p), stop, generator, capture)
+    steps = islice(steps, max_new_tokens)
+    if stop is not None:
+        steps = until_all_end(steps, stop, LOOK if capture else 1)
+    yield from steps
 
 
 def continue_text(model: Hydra, enc, prompt: str, tokens: int, seed: int) -> str:
@@ -209,7 +300,7 @@ def continue_text(model: Hydra, enc, prompt: str, tokens: int, seed: int) -> str
     tokens = min(tokens, model.config.block_size - len(ids))
     generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
     with torch.compiler.set_stance("force_eager"):
-        steps = generate(model, [torch.tensor(ids)], tokens, temperature=0.8, top_p=0.95, generator=generator)
+        steps = generate(model, [torch.tensor(ids)], tokens, 0.8, top_p=0.95, generator=generator, capture=False)
         return prompt + text_of(enc, (int(token_B) for token_B in steps))
 
 

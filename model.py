@@ -170,8 +170,8 @@ class Hydra(nn.Module):
         return found
 
     def context(
-        self, pos: Tensor, lengths: Tensor | None = None, decoding: bool = False, visible: int | None = None,
-        uniform: bool = False,
+        self, pos: Tensor, lengths: Tensor | None = None, decoding: bool = False, visible: int = 0,
+        uniform: bool = False, static: bool = False,
     ) -> Context:  # fmt: skip
         """What the layers share at positions `pos` [T] or [B, T]: rotation tables and, where FlexAttention may run, its
         block masks. The others are for generation, see `Context`."""
@@ -183,8 +183,8 @@ class Hydra(nn.Module):
             tokens = layer_tokens(self.config, T) if self.training else [T] * len(blocks)
             masks = {(n, block.attn.window) for n, block in zip(tokens, blocks, strict=True)}
         ctx = make_context(pos, self.rope_widths, self.config.rope_theta, masks)
-        return ctx._replace(
-            lengths=lengths, decoding=decoding, visible=visible, uniform=uniform, recompute=self.recompute)
+        return ctx._replace(lengths=lengths, decoding=decoding, visible=visible, uniform=uniform, static=static,
+                            recompute=self.recompute)  # fmt: skip
 
     def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> Output:
         """Token ids [B, T], targets [B, T] (-1 = ignored) -> Output. UserError for more than block_size tokens."""

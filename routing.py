@@ -114,13 +114,13 @@ def selection_at(index_Bk: Tensor, gate_Bk: Tensor, ctx: Context, lengths_B: Ten
 
 
 def select_now(r_B1: Tensor, x_B1D: Tensor, ctx: Context, state: LayerState) -> Selection | None:
-    """A decoding step: the next slot of these layers is each row's count, and rows that bypass keep their state. Eager
-    on a CPU (`ctx.visible` is known) nothing runs where no row is selected; else all rows run, without a sync."""
+    """A decoding step: the next slot of these layers is each row's count, and rows that bypass keep their state. In a
+    static step all rows run, without a sync; else nothing runs where no row is selected."""
     keep_B, count_B = r_B1[:, 0] > 0, state["count"]
     if ctx.keep is not None:
         keep_B = keep_B & ctx.keep
-    visible, alone = None, False
-    if ctx.visible is not None:
+    visible, alone = ctx.visible, False
+    if not ctx.static:
         if not keep_B.any():
             return None
         visible = int(count_B[keep_B].max()) + 1

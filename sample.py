@@ -19,8 +19,8 @@ from torch import Tensor
 from accounting import count_params, state_bytes
 from configurator import UserError, build, cli, need, parse
 from data import get_tokenizer, text_of, token_text
-from generate import DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
-from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth, sync
+from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
+from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth
 from model import Hydra, HydraConfig
 from runs import load_checkpoint, load_weights
 
@@ -86,18 +86,18 @@ def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tikt
     return model, get_tokenizer(checkpoint["train_config"]["tokenizer"]), notes
 
 
-def write(steps: Iterator[Tensor], prompts: list[str], enc: tiktoken.Encoding, device: torch.device):
+def write(steps: Iterator[Tensor], prompts: list[str], enc: tiktoken.Encoding):
     """Print the first text as it comes, then the others -> (ids of every row up to its end of text, the times at which
     they came)."""
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may be cut between two tokens
     texts: list[list[int]] = [[] for _ in prompts]
     times = []
     for token_B in steps:
-        sync(device)
+        new = token_B.tolist()  # waits for the device
         if not times:  # what cannot be generated has raised by now
             print(prompts[0], end="")
         times.append(time.perf_counter())
-        for text, token in zip(texts, token_B.tolist(), strict=True):
+        for text, token in zip(texts, new, strict=True):
             if text[-1:] != [enc.eot_token]:
                 text.append(token)
         if texts[0][-1] != enc.eot_token:
@@ -141,13 +141,15 @@ def main(argv: list[str]) -> int:
     rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
     slots = min(max(map(len, rows)) + options.max_new_tokens, longest_text(model))  # `generate` refuses a longer text
     static = options.compile == "on" or device.type == "cuda"
-    state = new_state(model, len(rows), slots, static)
-    if options.compile == "on":  # two tokens now, so that the rate below is without the compilation
-        list(islice(generate(model, rows, options.max_new_tokens, static=True), 2))
+    least = slots if options.compile == "on" else LEAST  # each length would be compiled anew
+    if static:  # two tokens now, so that the rate below is without the compilation and the loading of kernels
+        state = new_state(model, len(rows), slots, static, least)
+        list(islice(generate(model, rows, options.max_new_tokens, state=state), 2))
+    state = new_state(model, len(rows), slots, static, least)
     generator = torch.Generator(device).manual_seed(options.seed)
     steps = generate(model, rows, options.max_new_tokens, options.temperature, options.top_k, options.top_p,
                      enc.eot_token, generator, state=state)  # fmt: skip
-    texts, times = write(steps, prompts, enc, device)
+    texts, times = write(steps, prompts, enc)
     made = sum(map(len, texts))  # an end of text is a token too
     if len(times) < 2:
         print(f"{made} tokens, too few to time", file=sys.stderr)

@@ -2,11 +2,13 @@
 its arguments define it, and what it refuses."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
+from tape import Tape, Taped
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import generate as generation
 from attention import KINDS
@@ -23,6 +25,8 @@ from generate import (
     prefill,
     prefill_step,
     sample_token,
+    sampled_tokens,
+    until_all_end,
 )
 from model import Hydra, HydraConfig
 
@@ -97,10 +101,10 @@ def test_padding_is_never_seen(changes):
     for filling in (0, 55, 96):
         text = idx[:, :14].clone()
         text[torch.arange(14) >= L[:, None]] = filling
-        state = new_state(net, 3, 40)
+        state = new_state(net, 3, 40, static=True)
         steps = [prefill_step(net, text, L, state)]
         for step in range(9):
-            steps.append(decode_step(net, idx[rows, L + step], state, None, False))
+            steps.append(decode_step(net, idx[rows, L + step], state, 64, False))
         found.append(torch.stack(steps))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -128,7 +132,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 @torch.no_grad()
 def test_the_promises_of_a_step_follow_the_texts(monkeypatch):
-    """Views up to the longest text, plain writes where all are as long; a static state promises nothing."""
+    """Views up to the longest text, plain writes where all are as long; in a static state a power of two alone."""
     net = make(pattern="M", n_layer=1)
     promised = []
     real = generation.decode_step
@@ -138,9 +142,13 @@ def test_the_promises_of_a_step_follow_the_texts(monkeypatch):
         return real(model, token_B, state, visible, uniform)
 
     monkeypatch.setattr(generation, "decode_step", spy)
-    for prompts, static in ((tokens(2, 5), False), ([tokens(5), tokens(2)], False), (tokens(2, 5), True)):
-        text_of(net, prompts, 4, static=static)
-    assert promised == [(6, True), (7, True), (8, True), (6, False), (7, False), (8, False), *[(None, False)] * 3]
+    for prompts in (tokens(2, 5), [tokens(5), tokens(2)]):
+        text_of(net, prompts, 4)
+    assert promised == [(6, True), (7, True), (8, True), (6, False), (7, False), (8, False)]
+    promised.clear()
+    for least in (2, 64):
+        text_of(net, tokens(2, 5), 6, state=new_state(net, 2, 11, static=True, least=least))
+    assert promised == [*[(8, False)] * 3, *[(16, False)] * 2, *[(16, False)] * 5]
 
 
 @torch.no_grad()
@@ -225,7 +233,8 @@ def test_sampling_against_a_plain_reference(top_k, top_p):
             break
         kept.append(i)
         mass += probs[i].item()
-    drawn = sample_token(logits.expand(4000, -1).clone(), 0.7, top_k, top_p, torch.Generator().manual_seed(2))
+    noise = torch.empty(4000, 50).exponential_(generator=torch.Generator().manual_seed(2))
+    drawn = sample_token(logits.expand(4000, -1).clone(), 0.7, top_k, top_p, noise)
     assert set(drawn.tolist()) <= set(kept)
     for i in kept[:3]:
         frequency = (drawn == i).float().mean().item()
@@ -258,6 +267,118 @@ def test_tokens_come_one_by_one_and_as_many_as_asked():
     assert state.tokens == 3  # nothing is computed ahead
     next(steps)
     assert state.tokens == 4
+
+
+# ---- captured
+
+
+@pytest.fixture
+def taped(monkeypatch) -> list[int]:
+    """Steps are replayed from tapes as on CUDA from graphs -> of every capture the slots that it reads."""
+    captures = []
+
+    class Listed(Taped):
+        def capture(self, step):
+            captures.append(*step.args)
+            return super().capture(step)
+
+    monkeypatch.setattr(generation, "Replayed", Listed)
+    return captures
+
+
+CAPTURED = [
+    *({"pattern": p} for p in KINDS), {"window": 6}, {"pattern": "C", "conv_kernel": 0, "value_shift": False},
+    {"mod_capacity": 0.5}, {"mor_recursions": 3, "n_layer": 2}, {"mor_recursions": 2, "mod_capacity": 0.3},
+    {"pattern": "M", "window": 3, "mod_capacity": 0.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CAPTURED, ids=str)
+def test_captured_text_is_the_eager_one(changes, taped):
+    """Rows of different lengths, which grow over powers of two, greedy and sampled."""
+    net = make(**changes)
+    prompts = [tokens(n) for n in (3, 9, 1)]
+    for keys in ({}, {"temperature": 1.0, "top_k": 50, "top_p": 0.9}):
+        found = []
+        for static in (False, True):
+            state = new_state(net, 3, 64, static, least=16)
+            taped.clear()
+            generator = torch.Generator().manual_seed(3)
+            found.append(text_of(net, prompts, 30, state=state, generator=generator, **keys))
+        assert torch.equal(*found) and taped == [16, 32, 64]
+    assert len(found[0].unique()) > 10  # no text that repeats itself
+
+
+def test_a_state_reads_fewer_slots_than_it_has(taped):
+    """In one graph, where that is asked for; a text that stays short is never captured at the length it could have."""
+    net = make(pattern="MCL", block_size=1024)
+    expected = text_of(net, tokens(2, 120), 20)
+    for least, slots in ((128, [128, 256]), (1024, [1024])):
+        taped.clear()
+        state = new_state(net, 2, 1000, static=True, least=least)
+        assert torch.equal(text_of(net, tokens(2, 120), 20, state=state), expected) and taped == slots
+
+
+def test_a_step_that_may_not_be_captured_is_not(taped):
+    net = make(pattern="M", n_layer=1)
+    for keys in ({"static": False}, {"static": True, "capture": False}):
+        text_of(net, tokens(2, 5), 9, **keys)
+    assert not taped
+    assert not generation.Replayed.__base__.__base__.possible(net.embed.weight)  # on a CPU, tapes aside
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 30])
+def test_captured_text_stops_where_the_eager_one_does(n, taped):
+    """Whichever step of a group the last row ends at; the end is looked at once a group."""
+    net = make()
+    prompts = [tokens(5), tokens(3)]
+    free = text_of(net, prompts, 30)
+    for stop in free.unique().tolist():
+        eager = text_of(net, prompts, n, stop=stop)
+        assert torch.equal(text_of(net, prompts, n, stop=stop, static=True), eager)
+
+
+def test_captured_steps_are_looked_at_in_groups(taped):
+    """The first token at once; with no stop token every one as it comes."""
+    net = make()
+    for stop, computed in ((96, [5, *[13] * 8, *[21] * 8, 24, 24, 24]), (None, [*range(5, 25)])):
+        state = new_state(net, 1, 25, static=True)
+        assert [state.tokens for _ in generate(net, tokens(1, 5), 20, 0.0, stop=stop, state=state)] == computed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("breaks", ["a position", "a choice", "a new tensor"])
+def test_a_tape_tells_a_step_that_cannot_be_captured(breaks, taped, monkeypatch):
+    net = make(mod_capacity=0.5)
+    expected = text_of(net, tokens(1, 5), 20)
+    real = generation.decode_step
+
+    def broken(model, token_B, state, visible, uniform):
+        if breaks == "a position":
+            return real(model, token_B, state, state.tokens, True)
+        if breaks == "a choice":
+            state.static = False
+        else:
+            state.pos_B = state.pos_B.clone()
+        return real(model, token_B, state, visible, uniform)
+
+    monkeypatch.setattr(generation, "decode_step", broken)
+    if breaks == "a choice":
+        with pytest.raises(RuntimeError, match="_local_scalar_dense waits for the device"):
+            text_of(net, tokens(1, 5), 20, static=True)
+    else:
+        assert not torch.equal(text_of(net, tokens(1, 5), 20, static=True), expected)
+
+
+def test_a_capture_runs_nothing():
+    x = torch.zeros(3)
+    with Tape() as tape:
+        x[1:].add_(1)
+        x.mul_(x + 2)
+    assert x.tolist() == [0, 0, 0]
+    tape.replay()
+    tape.replay()
+    assert x.tolist() == [0, 24, 24]  # (0 + 1) * (1 + 2) = 3, (3 + 1) * (4 + 2) = 24
 
 
 # ---- refused
@@ -415,12 +536,15 @@ def test_prefill_and_decode_are_one_graph_each(changes, monkeypatch):
 
 @torch.no_grad()
 def test_a_decode_step_asks_the_device_for_nothing():
-    """Fake tensors have no values: a sync, an .item() or a shape that depends on the data would raise."""
+    """Fake tensors have no values: a sync, an .item() or a shape that depends on the data would raise. Only the look
+    for the end is one."""
     with FakeTensorMode():
         net = Hydra(HydraConfig(**SHAPE | {"mod_capacity": 0.5, "mor_recursions": 2}))
         state = new_state(net, 2, 32, static=True)
-        for _ in range(2):
-            assert decode(net, torch.zeros(2, dtype=torch.long), state).shape == (2, 97)
+        steps = sampled_tokens(net, state, torch.zeros(2, 97), (0.7, 5, 0.9), 3, None, False)
+        assert [token_B.shape for token_B in islice(steps, 9)] == [(2,)] * 9 and state.tokens == 8
+        with pytest.raises(DataDependentOutputException):
+            next(until_all_end(steps, 3, 8))
 
 
 @pytest.mark.slow
@@ -445,5 +569,5 @@ def test_blocks_compiled_for_decoding_equal_eager():
 def test_a_tiny_top_p_is_the_likeliest_token(top_p):
     """Below what fp32 tells from nothing too."""
     logits = torch.randn(5, 97, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(0)
-    assert torch.equal(sample_token(logits, 1.0, 0, top_p, generator), logits.argmax(-1))
+    noise = torch.empty(5, 97).exponential_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample_token(logits, 1.0, 0, top_p, noise), logits.argmax(-1))

@@ -432,10 +432,10 @@ def test_padding_is_neither_seen_nor_routed(variant):
     for filling in (0, 55, 96):
         text = idx[:, :90].clone()
         text[torch.arange(90) >= L[:, None]] = filling
-        state = new_state(net, 3, 100)
+        state = new_state(net, 3, 100, static=True)
         steps = [prefill_step(net, text, L, state)]
         for step in range(9):
-            steps.append(decode_step(net, idx[torch.arange(3), L + step], state, None, False))
+            steps.append(decode_step(net, idx[torch.arange(3), L + step], state, 128, False))
         counts = [layer["count"] for layer in state.layers if "count" in layer]
         found.append((torch.stack(steps), torch.stack(counts)))
     for logits, counts in found[1:]:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tape import Taped
 from test_train import checkpoint, options, shape, text_tokens
 
+import generate as generation
 import sample
 import train
 from accounting import count_params, state_bytes
@@ -98,6 +100,24 @@ def test_sample_takes_several_prompts_and_reports_its_speed(run, tmp_path):
     file.write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="prompt_file=.*: give a UTF-8 text file"):
         run(f"--prompt_file={file}")
+
+
+def test_captured_steps_give_the_same_text(run, monkeypatch):
+    """As on CUDA, where they are compiled as well: one size, that nothing is compiled behind the first two tokens."""
+    args = ["--prompt=import é", "--max_new_tokens=20", "--temperature=0"]
+    expected = run(*args)[0]
+    captures = []
+
+    class Listed(Taped):
+        def capture(self, step):
+            captures.append(*step.args)
+            return super().capture(step)
+
+    monkeypatch.setattr(generation, "Replayed", Listed)
+    monkeypatch.setattr(sample, "choose_compile", lambda *_: None)
+    monkeypatch.setattr(sample, "compile_decoding", lambda model: None)
+    assert run(*args, "--compile=on")[0] == expected
+    assert captures == [32, 32]
 
 
 def test_a_prompt_that_is_given_twice_is_continued_twice(run):
