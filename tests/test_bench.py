@@ -83,10 +83,14 @@ def check(rows: list[dict]) -> None:
 
 def test_a_ratio_is_of_the_row_to_the_other():
     seconds = {"A": 4.0, "C": 1.0, "Zaya": 2.0}
-    times = {(name, "eager", what): [s, 3 * s] for name, s in seconds.items() for what in ("step", "forward")}
+    times = {(name, "eager", "step"): [s, 3 * s] for name, s in seconds.items()}
+    times |= {("A", "eager", "forward"): [1.0, 2.0], ("C", "eager", "forward"): [0.5, 1.0]}
     times |= {("C", "compiled", "step"): [0.5, 1.0], ("A", "compiled", "step"): [1.0, 4.0]}
     eager, compiled = (bench.figures(times, "C", mode) for mode in bench.MODES)
-    assert eager["x_first"] == eager["forward_x_first"] == 0.25 and eager["x_zaya"] == 0.5
+    assert eager["x_first"] == 0.25 and eager["x_zaya"] == 0.5
+    assert eager["forward_ms"] == 750 and eager["forward_x_first"] == 0.5
+    assert eager["backward_x_first"] == pytest.approx((0.5 / 3 + 2 / 10) / 2)  # 0.5 and 2 s, of 3 and 10
+    assert "forward_ms" not in compiled and "backward_x_first" not in compiled
     assert "x_eager" not in eager and eager["ms"] == 2000 and eager["rounds"] == 2
     assert compiled["x_eager"] == pytest.approx((0.5 + 1 / 3) / 2) and compiled["x_first"] == 0.375
     alone = bench.figures({("C", "eager", "step"): [1.0]}, "C", "eager")
@@ -147,6 +151,44 @@ def test_length_has_every_letter_at_every_length(run):
     found = {(r["mix"], r["dtype"], r["T"]) for r in rows if r["level"] == "attention"}
     assert found == set(product(LETTERS, bench.DTYPES, (16, 32, 64)))
     assert {(r["mix"], r["T"]) for r in rows if r["level"] == "macro"} == {("AAA", 32), ("MCL", 32)}
+
+
+def test_on_cuda_length_goes_on_to_the_longest_in_bfloat16(monkeypatch):
+    cases = []
+    monkeypatch.setattr(bench, "compare", lambda of, what, B, T, dtype: cases.append((T, dtype)) or iter(()))
+    for device in (CPU, torch.device("cuda:1")):
+        cases.clear()
+        list(bench.length_table(Bench(bench.BenchConfig(), small(), device, {})))
+        attentions = [*product(bench.LENGTHS, bench.DTYPES)]
+        assert cases[:12] == attentions
+        assert cases[12:-4] == ([(16384, "bfloat16")] if device.type == "cuda" else [])
+
+
+@pytest.mark.parametrize("listed", [4e12, None])
+def test_a_known_data_sheet_is_a_second_peak(run, monkeypatch, listed):
+    monkeypatch.setattr(bench.machine, "datasheet_peak", lambda device, dtype: listed)
+    result = run("length", "--only=eager float32")
+    assert result["datasheet_peaks"] == {"float32": listed, "bfloat16": listed}
+    for row in result["tables"]["length"]:
+        if "ms" in row:
+            assert row.get("of_sheet") == (pytest.approx(row["of_peak"] / 4) if listed else None)
+
+
+@pytest.mark.parametrize("level", ["attention", "block", "macro"])
+def test_a_call_has_the_input_that_was_used_the_longest_ago(level, monkeypatch):
+    """As many of them as exceed the cache twice; none keeps a gradient, all compute the same."""
+    monkeypatch.setattr(bench.machine, "cache_bytes", lambda device: 2 * 16 * 32 * 4)
+    it = Contestant(level, small("A"), 2, 16, CPU, "float32")
+    seen, outputs = [], []
+    it.parts[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]) or outputs.append(output))
+    for _ in range(2):
+        it.step()
+        it.forward()
+    addresses = [x.data_ptr() for x in seen]
+    assert len(set(addresses[:3])) == 3 and addresses[3] == addresses[0]
+    assert all(x.requires_grad and torch.equal(x, seen[0]) for x in seen)
+    assert seen[0].grad is not None and seen[3].grad is None and all(leaf.grad is None for leaf in it.leaves)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_train_is_rated_by_three_forwards(run, monkeypatch, tmp_path):
@@ -399,7 +441,7 @@ def test_routing_sets_times_next_to_flops(run, monkeypatch):
 
 def test_routing_compiled_is_a_training_step(run, monkeypatch):
     monkeypatch.setattr(bench, "ROUTED_T", 32)
-    monkeypatch.setattr(bench.machine, "compile_blocks", lambda blocks: None)
+    monkeypatch.setattr(Hydra, "compile_training", lambda self: None)
     rows = run("routing", "--pattern=M", "--n_layer=2", "--mod_capacity=0.5", "--only=compiled float32")
     rows = [r for r in rows["tables"]["routing"] if "ms" in r]
     assert [(r["level"], r["mode"], r["mix"]) for r in rows] == [("train", "compiled", n) for n in ("dense", "routed")]
