@@ -4,9 +4,11 @@ what it cannot do."""
 import json
 import os
 import signal
+import subprocess
 import sys
 from importlib import import_module
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -550,6 +552,28 @@ def test_emulated_bfloat16_is_measured_if_asked_for(run, emulating):
 
 def test_a_machine_with_bfloat16_says_nothing(run):
     assert run("flops")["notes"] == []
+
+
+# ---- everything on a GPU in one call
+
+
+def test_the_gpu_script_runs_every_part_and_names_those_that_fail(tmp_path):
+    """With a stub instead of Python: sampling fails."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *sample.py*) exit 3;; esac\n')
+    stub.chmod(0o755)
+    script = Path(bench.__file__).parent / "tests" / "gpu.sh"
+    done = subprocess.run([script, tmp_path / "out", stub, "cpu"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "failed: sample", done.stdout + done.stderr
+    names = {path.stem for path in (tmp_path / "out").glob("*.txt")}
+    assert names == {"device", "train", "sample", "tests", "length", "bench"}
+    texts = {name: (tmp_path / "out" / f"{name}.txt").read_text() for name in names}
+    assert "-m pytest -q -m cuda" in texts["tests"] and "--device=cpu" in texts["bench"]
+    stub.write_text("#!/bin/sh\n")
+    done = subprocess.run([script, tmp_path / "out", stub], capture_output=True, text=True)
+    assert done.returncode == 0 and "all parts passed" in done.stdout
+    limits = [int(line.split()[2]) for line in script.read_text().splitlines() if line.startswith("part ")]
+    assert len(limits) == len(names) and sum(limits) < 600
 
 
 # ---- refusals

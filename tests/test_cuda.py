@@ -4,6 +4,7 @@ The device is one name, so that a body which needs nothing but tensors runs on a
 how they were written. Numerics are held against fp64 on the CPU, in fp32 without TF32.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -69,6 +70,12 @@ def exact():
     torch.backends.cudnn.allow_tf32 = tf32
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """A loss in chunks, as that of a large vocabulary."""
+    monkeypatch.setattr(layers, "MAX_LOGITS", 257 * 40)
 
 
 def make(case: str, **changes) -> Hydra:
@@ -151,7 +158,7 @@ def run(tmp: Path, name: str, *argv: str) -> list[float]:
 
 @every_case
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_forward_and_backward_equal_fp64_on_the_cpu(case, compiled):
+def test_forward_and_backward_equal_fp64_on_the_cpu(case, compiled, chunked):
     """fp32's roundings of 6e-8 pile up to some 1e-6, rotation angles of up to 200 radians add as much; with TF32 it
     would be 4e-4."""
     net = make(case)
@@ -208,8 +215,7 @@ def test_greedy_text_is_the_cpus(case):
     assert torch.equal(found.cpu(), expected)
 
 
-@some_cases
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("case, compiled", [("hybrid", False), ("hybrid", True), ("MoD", False), ("MoR", False)])
 def test_recomputed_blocks_have_the_same_gradients_for_less_memory(case, compiled):
     net = make(case)
     idx, targets = (t.to(DEVICE) for t in texts(0, B=16))
@@ -243,32 +249,35 @@ def stepping(case: str, dtype: torch.dtype = torch.bfloat16):
     return net, step
 
 
+@contextlib.contextmanager
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @some_cases
-def test_fifty_steps_compile_nothing_behind_the_first(case):
+def test_steps_behind_the_first_compile_nothing_and_wait_for_nothing(case, chunked):
+    """Fifty of them, of which the batches are copied while the step before runs."""
     _, step = stepping(case)
     step(0)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        losses = [step(number).loss for number in range(1, 50)]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    machine.sync(DEVICE)
+    with torch._dynamo.config.patch(error_on_recompile=True), waiting_is_an_error():
+        losses = [step(number).loss for number in range(1, 51)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
     assert torch.stack(losses).isfinite().all()
 
 
-@some_cases
-def test_a_step_does_not_wait_for_the_device(case):
-    _, step = stepping(case)
-    for number in range(2):
-        step(number)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        done = [step(number) for number in range(2, 5)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(math.isfinite(each.loss.item()) for each in done)
+def test_waiting_is_noticed():
+    """Else the test above says nothing."""
+    with waiting_is_an_error(), pytest.raises(RuntimeError):
+        torch.ones((), device=DEVICE).item()
 
 
-def test_a_gradient_that_is_not_finite_updates_nothing():
+def test_a_gradient_that_is_not_finite_updates_nothing(chunked):
     net, step = stepping("hybrid", torch.float32)
     step(0)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -305,15 +314,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert len(straight) == 8
 
 
-def test_a_recomputing_run_loses_the_same(tmp_path):
-    none, block = (run(tmp_path, way, "--dtype=float32", "--max_iters=6", f"--recompute={way}")
-                   for way in ("none", "block"))  # fmt: skip
-    assert none == pytest.approx(block, rel=1e-4) and len(none) == 6
-
-
-@pytest.mark.parametrize("routing, graphs", [
-    ([], 6), (["--mod_capacity=0.5"], 10), (["--n_layer=3", "--pattern=MCL", "--mor_recursions=3"], 10),
-], ids=["dense", "MoD", "MoR"])  # fmt: skip
+@pytest.mark.parametrize("routing, graphs", [([], 6), (["--mod_capacity=0.5"], 10)], ids=["dense", "MoD"])
 def test_a_run_compiles_few_graphs(tmp_path, routing, graphs):
     """Of three letters one for training and one for evaluation, which also checks a state before it is saved."""
     torch._dynamo.utils.counters.clear()
