@@ -447,8 +447,7 @@ def size_of(config: HydraConfig) -> dict[str, int]:
 
 def compression_table(bench: Bench) -> Iterator[dict]:
     what = {BASELINE: ("attention", replace(bench.config, pattern=BASELINE))}
-    for n in (2, 4, 8):
-        what[f"C{n}x"] = "attention", replace(bench.config, pattern="C", compression=n)
+    what |= {f"C{n}x": ("attention", replace(bench.config, pattern="C", compression=n)) for n in (2, 4, 8)}
     for dtype in bench.dtypes:
         for row in compare(bench, what, 1, 1024, dtype):
             yield row | (size_of(what[row["mix"]][1]) if "ms" in row else {})
