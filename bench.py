@@ -38,7 +38,7 @@ import machine
 from accounting import attention_flops, count_params, flops_per_token, matrix_flops, skeleton, state_bytes, step_bytes
 from attention import KINDS, ccqa_heads, letters_help
 from configurator import UserError, build, cli, need, parse, to_toml
-from generate import compile_decoding, decode, new_state, pack, prefill
+from generate import Replayed, compile_decoding, decode_step, new_state, pack, prefill, take_slot
 from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, peak_of, ratio, spread
 from model import Hydra, HydraConfig
 from routing import layer_tokens, recursion_tokens
@@ -283,9 +283,10 @@ def force_routers(net: Hydra) -> None:
 
 
 def decoder(model: Hydra, B: int, past: int, compiled: bool = False) -> Callable[[], None]:
-    """CYCLE decoding steps of B rows at `past` tokens, in place. The state is random: its values cost no time."""
+    """CYCLE decoding steps of B rows at `past` tokens, captured on CUDA. The state is random: its values cost no time."""
     state = new_state(model, B, past + 1, compiled or model.embed.weight.is_cuda)
-    token = torch.zeros(B, dtype=torch.int64, device=state.pos_B.device)
+    step = partial(decode_step, model, torch.zeros_like(state.pos_B), state, uniform=not state.static)
+    run = Replayed(step, state.pos_B.device) if state.pos_B.is_cuda else step
     tokens = layer_tokens(model.config, past)
     for layer in state.layers:
         for name in layer.keys() - {"count"}:
@@ -298,7 +299,7 @@ def decoder(model: Hydra, B: int, past: int, compiled: bool = False) -> Callable
             for layer, n in zip(state.layers, tokens, strict=True):
                 if "count" in layer:
                     layer["count"].fill_(n)
-            decode(model, token, state)
+            run(take_slot(model, state))
 
     return call
 

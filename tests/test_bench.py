@@ -379,18 +379,19 @@ def test_decoding_is_timed_behind_a_past_of_routed_tokens(monkeypatch):
     net = Hydra(small(mod_capacity=0.25, mor_recursions=2)).eval()
     bench.force_routers(net)
     seen = []
-    real = bench.decode
+    real = bench.decode_step
 
-    def decode(model, token, state):
-        seen.append([state.tokens, *(layer.get("count", state.pos_B).item() for layer in state.layers)])
-        return real(model, token, state)
+    def decode_step(model, token, state, visible, uniform):
+        assert uniform and visible == state.tokens == 65
+        seen.append([layer.get("count", state.pos_B).item() for layer in state.layers])
+        return real(model, token, state, visible, uniform)
 
-    monkeypatch.setattr(bench, "decode", decode)
+    monkeypatch.setattr(bench, "decode_step", decode_step)
     monkeypatch.setattr(bench, "CYCLE", 2)
     step = torch.no_grad()(bench.decoder(net, 1, 64))
     step()
     step()
-    assert seen == [[64, *layer_tokens(net.config, 64)]] * 4 == [[64, 64, 16, 64, 32, 8, 32]] * 4
+    assert seen == [layer_tokens(net.config, 64)] * 4 == [[64, 16, 64, 32, 8, 32]] * 4
 
 
 def test_a_prefill_is_timed_at_the_routers_capacity(monkeypatch):

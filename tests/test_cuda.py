@@ -153,6 +153,15 @@ def run(tmp: Path, name: str, *argv: str) -> list[float]:
     return logged(tmp / name)
 
 
+@contextlib.contextmanager
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- numerics
 
 
@@ -215,6 +224,32 @@ def test_greedy_text_is_the_cpus(case):
     assert torch.equal(found.cpu(), expected)
 
 
+@some_cases
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_captured_decoding_is_eager_decoding(case, temperature):
+    """Past 128 slots, where another graph begins, in rows of different lengths."""
+    net = on_device(make(case).eval(), False)
+    prompts = [texts(0)[0][0, :n] for n in (100, 31, 120)]
+    found = []
+    for capture in (False, True):
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        steps = generate(net, prompts, 40, temperature, top_p=0.95, generator=generator, static=True, capture=capture)
+        found.append(torch.stack(list(steps), dim=1))
+    assert found[0].shape == (3, 40) and torch.equal(*found)
+
+
+def test_captured_decoding_waits_for_nothing():
+    net = on_device(make("hybrid").eval(), False)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    steps = generate(net, [texts(0)[0][0, :9]], 40, 0.8, top_p=0.95, generator=generator, static=True)
+    for _ in range(3):  # the prefill, the warm-up, the capture
+        next(steps)
+    machine.sync(DEVICE)
+    with waiting_is_an_error():
+        tokens = [next(steps) for _ in range(20)]
+    assert torch.stack(tokens).unique().numel() > 1
+
+
 @pytest.mark.parametrize("case, compiled", [("hybrid", False), ("hybrid", True), ("MoD", False), ("MoR", False)])
 def test_recomputed_blocks_have_the_same_gradients_for_less_memory(case, compiled):
     net = make(case)
@@ -249,15 +284,6 @@ def stepping(case: str, dtype: torch.dtype = torch.bfloat16):
     return net, step
 
 
-@contextlib.contextmanager
-def waiting_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @some_cases
 def test_steps_behind_the_first_compile_nothing_and_wait_for_nothing(case, chunked):
     """Fifty of them, of which the batches are copied while the step before runs."""
@@ -272,7 +298,7 @@ def test_steps_behind_the_first_compile_nothing_and_wait_for_nothing(case, chunk
 
 
 def test_waiting_is_noticed():
-    """Else the test above says nothing."""
+    """Else the tests below say nothing."""
     with waiting_is_an_error(), pytest.raises(RuntimeError):
         torch.ones((), device=DEVICE).item()
 
