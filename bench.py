@@ -283,7 +283,7 @@ def force_routers(net: Hydra) -> None:
 
 
 def decoder(model: Hydra, B: int, past: int, compiled: bool = False) -> Callable[[], None]:
-    """CYCLE decoding steps of B rows at `past` tokens, captured on CUDA. The state is random: its values cost no time."""
+    """CYCLE decoding steps of B rows at `past` tokens, captured on CUDA. The state is random: values cost no time."""
     state = new_state(model, B, past + 1, compiled or model.embed.weight.is_cuda)
     step = partial(decode_step, model, torch.zeros_like(state.pos_B), state, uniform=not state.static)
     run = Replayed(step, state.pos_B.device) if state.pos_B.is_cuda else step
