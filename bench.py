@@ -10,13 +10,15 @@
   shape of as many layers. Routers select just their training capacity, evenly; a prefill on CUDA computes all tokens.
 
 What is compared runs in turns; the median counts, spread is the interquartile range over it, `x_...` the median of the
-round-by-round ratios (of forward+backward), x_first to the first of the comparison. Compilation and warm-up are not in
-the times. bf16 is autocast over fp32 weights, in prefill and decode bf16 weights. of_peak is the part of a large matrix
-product's rate. A table that fails is a line, and exit code 1. Left out: fits (scaling.py), charts (plot.py).
+round-by-round ratios (of forward+backward), x_first to the first of the comparison; a backward is what forward+backward
+takes more than forward. Compilation and warm-up are not in the times. bf16 is autocast over fp32 weights, in prefill
+and decode bf16 weights. of_peak is the part of a large matrix product's rate, of_sheet of the data sheet's. On CUDA the
+clock is the device's, and attentions and blocks find their input out of its L2 cache: each call has another copy of it.
+A table that fails is a line, and exit code 1. Left out: fits (scaling.py), charts (plot.py).
 """
 
-import datetime
 import gc
+import importlib.util
 import json
 import math
 import time
@@ -24,22 +26,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial, reduce
-from importlib import import_module
-from importlib.util import find_spec
-from itertools import pairwise, product
+from itertools import cycle, pairwise, product
+from operator import sub
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
 
-import accounting
 import machine
-from accounting import attention_flops, count_params, flops_per_token, matrix_flops, skeleton, state_bytes
+from accounting import attention_flops, count_params, flops_per_token, matrix_flops, skeleton, state_bytes, step_bytes
 from attention import KINDS, ccqa_heads, letters_help
 from configurator import UserError, build, cli, need, parse, to_toml
-from generate import compile_decoding, decode, new_state, pack, prefill
-from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, ratio, spread
+from generate import Replayed, compile_decoding, decode_step, new_state, pack, prefill, take_slot
+from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, peak_of, ratio, spread
 from model import Hydra, HydraConfig
 from routing import layer_tokens, recursion_tokens
 from runs import git_hash, write_text
@@ -49,6 +49,7 @@ CONFIGS = Path(__file__).parent / "config"
 BASELINE = next(iter(KINDS))  # the letter that the others are compared with
 SHAPES = ((1, 256), (4, 512), (8, 1024))  # (B, T) of speed and memory
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+LONGEST = 16384, "bfloat16"  # length: on CUDA this one too, where arXiv:2510.04476 has CCQA against MHA
 MACRO_LENGTHS = (1024, 4096)
 ROUTED_T = 1024  # routing: tokens of a text, in the short run a quarter
 SHORT_SECONDS = 25  # in which a table of the short run may begin, and likely end, comparisons
@@ -162,9 +163,10 @@ def begin(options: BenchConfig, config: HydraConfig | None, about: str, short: b
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     peaks = {name: matmul_peak(device, dtype) for name, dtype in DTYPES.items()}
     bench = Bench(options, config, device, peaks, short)
-    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    head = machine.describe(device) | {"git": git_hash(), "date": date, "seed": options.seed, "short": short, **facts}
-    bench.result = head | {"peaks": peaks, **bench.result}
+    sheet = {name: machine.datasheet_peak(device, dtype) for name, dtype in DTYPES.items()}
+    head = machine.describe(device) | {"git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    head |= {"seed": options.seed, "short": short, **facts, "peaks": peaks, "datasheet_peaks": sheet}
+    bench.result = head | bench.result
     bench.store()
     rates = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())
     print(f"{head['gpu'] or head['cpu']}, {head['threads']} threads, torch {head['torch']}; {about}; {rates}")
@@ -208,18 +210,21 @@ class Contestant:
             optimizer = make_optimizer(net, run)
             self.step = lambda: train_step(net, optimizer, [tuple(self.batch)], run.grad_clip, self.autocast)
         elif level != "model":  # the blocks, or one attention; the input has a gradient, as it does behind other layers
-            x = torch.randn(B, T, config.dim, device=device, requires_grad=True)
+            turns = cycle(machine.copies(torch.randn(B, T, config.dim, device=device), machine.cache_bytes(device)))
+            inputs = (x.detach().requires_grad_() for x in turns)
             ctx = net.context(torch.arange(T, device=device))
             if level == "attention":
                 self.parts = [net.blocks[0].attn]
             if level == "peer":
                 self.parts = [zaya(net.config, ctx, B).to(device)]
-            self.leaves = [x, *nn.ModuleList(self.parts).parameters()]
-            self.output = lambda: reduce(lambda y, part: part(y, ctx), self.parts, x)
+            self.leaves = list(nn.ModuleList(self.parts).parameters())
+            self.output = lambda: reduce(lambda y, part: part(y, ctx), self.parts, next(inputs))
         if level not in ("train", *GENERATING):
             self.grad = torch.randn_like(self.forward())
         if compiled and level == "decode":
             compile_decoding(net)
+        elif compiled and level in WHOLE:
+            net.compile_training()
         elif compiled:
             machine.compile_blocks(self.parts)
 
@@ -248,10 +253,10 @@ class Contestant:
 def zaya(config: HydraConfig, ctx, B: int) -> nn.Module:
     """transformers' CCQA of the same widths and taps, random weights (the tests hold the two equal), called as ours."""
     H, G, K = ccqa_heads(config)
-    theirs = import_module("transformers").ZayaConfig(
+    theirs = importlib.import_module("transformers").ZayaConfig(
         hidden_size=config.dim, num_attention_heads=H, num_key_value_heads=G, head_dim=K, num_hidden_layers=1,
         cca_time0=config.conv_kernel, cca_time1=config.conv_kernel, vocab_size=1, attn_implementation="sdpa")
-    attn = import_module("transformers.models.zaya.modeling_zaya").ZayaAttention(theirs, 0)
+    attn = importlib.import_module("transformers.models.zaya.modeling_zaya").ZayaAttention(theirs, 0)
     for p in attn.parameters():
         nn.init.normal_(p, std=0.02)
     cos, (minus, sin) = ctx.rope[K][0], ctx.rope[K][1].chunk(2, dim=-1)  # ours carries the half's sign
@@ -278,9 +283,10 @@ def force_routers(net: Hydra) -> None:
 
 
 def decoder(model: Hydra, B: int, past: int, compiled: bool = False) -> Callable[[], None]:
-    """CYCLE decoding steps of B rows at `past` tokens, in place. The state is random: its values cost no time."""
+    """CYCLE decoding steps of B rows at `past` tokens, captured on CUDA. The state is random: values cost no time."""
     state = new_state(model, B, past + 1, compiled or model.embed.weight.is_cuda)
-    token = torch.zeros(B, dtype=torch.int64, device=state.pos_B.device)
+    step = partial(decode_step, model, torch.zeros_like(state.pos_B), state, uniform=not state.static)
+    run = Replayed(step, state.pos_B.device) if state.pos_B.is_cuda else step
     tokens = layer_tokens(model.config, past)
     for layer in state.layers:
         for name in layer.keys() - {"count"}:
@@ -293,7 +299,7 @@ def decoder(model: Hydra, B: int, past: int, compiled: bool = False) -> Callable
             for layer, n in zip(state.layers, tokens, strict=True):
                 if "count" in layer:
                     layer["count"].fill_(n)
-            decode(model, token, state)
+            run(take_slot(model, state))
 
     return call
 
@@ -325,7 +331,7 @@ def labelled(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, r
     kept, needed = 0, 0
     for level, config in what.values():
         copies = 3 if level == "train" else 2  # of the weights: with the optimiser's, or packed
-        weights, step = accounting.step_bytes(subject(level, config, T), B, T, copies)
+        weights, step = step_bytes(subject(level, config, T), B, T, copies)
         step += 2 * weights / copies  # gradients, and what bf16 has of its own
         if level in GENERATING:  # a state, and one layer at a time
             weights += B * state_bytes(config, T, 4, allocated=True)
@@ -354,16 +360,16 @@ def compare(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, mo
         it = Contestant(*what[name], B, T, bench.device, dtype, mode == "compiled")
         bench.say(it.note)
         if mode == "compiled":
-            with import_module("torch._inductor.utils").fresh_cache():
+            with importlib.import_module("torch._inductor.utils").fresh_cache():
                 compile_s[name] = machine.seconds_of(it.step, bench.device)
         if hasattr(it, "grad"):  # its step is forward+backward
             calls[name, mode, "forward"] = it.forward
         calls[name, mode, "step"] = it.step
     times = in_turns(calls, bench.options.rounds, bench.device, 1.5 if bench.short else 60)
-    for name, mode, call in times:
-        if what[name][0] == "decode":  # a step is one token
-            times[name, mode, call] = [seconds / CYCLE for seconds in times[name, mode, call]]
-    peak = max(bench.peaks[dtype], matmul_peak(bench.device, DTYPES[dtype]))
+    for key in [key for key in times if what[key[0]][0] == "decode"]:
+        times[key] = [seconds / CYCLE for seconds in times[key]]  # of one token
+    rates = {"of_peak": max(bench.peaks[dtype], matmul_peak(bench.device, DTYPES[dtype])),
+             "of_sheet": machine.datasheet_peak(bench.device, DTYPES[dtype])}  # fmt: skip
     for name, mode, call in times:
         if call == "step":
             row = label | {"level": what[name][0], "mix": name, "mode": mode} | figures(times, name, mode)
@@ -371,7 +377,8 @@ def compare(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, mo
             flops = step_flops(*what[name], B, T)
             row["tokens_per_s"] = B * (1 if what[name][0] == "decode" else T) / seconds
             row["flops_x_first"] = flops / step_flops(*next(iter(what.values())), B, T)
-            row |= {"tflops": flops / seconds / 1e12, "of_peak": flops / seconds / peak}
+            row |= {"tflops": flops / seconds / 1e12}
+            row |= {of: flops / seconds / rate for of, rate in rates.items() if rate}  # no data sheet: no share
             yield row | ({"compile_s": compile_s[name]} if mode == "compiled" else {})
 
 
@@ -386,16 +393,11 @@ def figures(times: dict, name: str, mode: str) -> dict:
     if ("Zaya", mode, "step") in times:
         row["x_zaya"] = ratio(step, times["Zaya", mode, "step"])
     if (name, mode, "forward") in times:
-        forward = times[name, mode, "forward"]
-        row |= {"forward_ms": median(forward) * 1e3, "forward_x_first": ratio(forward, times[first, mode, "forward"])}
+        ahead = [times[each, mode, "forward"] for each in (name, first)]
+        behind = [list(map(sub, times[each, mode, "step"], times[each, mode, "forward"])) for each in (name, first)]
+        row |= {"forward_ms": median(ahead[0]) * 1e3, "forward_x_first": ratio(*ahead)}
+        row["backward_x_first"] = ratio(*behind)
     return row
-
-
-def peak_of(make: Callable, *case) -> dict[str, float]:
-    """`machine.memory_of` a contestant's step; an earlier one has set up what torch needs."""
-    it = make(*case)
-    it.step()
-    return machine.memory_of(it.step, it.batch.device)
 
 
 def subjects(bench: Bench, level: str) -> dict[str, tuple]:
@@ -421,12 +423,9 @@ def speed_table(bench: Bench) -> Iterator[dict]:
 
 def memory_table(bench: Bench) -> Iterator[dict]:
     """Bytes of eager steps; x_first is of what a step adds to weights and optimiser's state."""
-    if bench.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
-        raise UserError("the peak of a CPU's process is read from Linux's /proc, which is not here: leave memory out")
-    cases = [(4, 256, {"shape": ("train", bench.config)})]
-    cases += [(B, T, subjects(bench, "attention")) for B, T in SHAPES]
+    cases = [(4, 256, {"shape": ("train", bench.config)}), *((B, T, subjects(bench, "attention")) for B, T in SHAPES)]
     for (B, T, what), dtype in product(cases, bench.dtypes):
-        label = labelled(bench, what, B, T, dtype, 1)
+        label = labelled(bench, what, B, T, dtype)
         if "left_out" in label:
             yield label
             continue
@@ -449,8 +448,7 @@ def size_of(config: HydraConfig) -> dict[str, int]:
 
 def compression_table(bench: Bench) -> Iterator[dict]:
     what = {BASELINE: ("attention", replace(bench.config, pattern=BASELINE))}
-    for n in (2, 4, 8):
-        what[f"C{n}x"] = "attention", replace(bench.config, pattern="C", compression=n)
+    what |= {f"C{n}x": ("attention", replace(bench.config, pattern="C", compression=n)) for n in (2, 4, 8)}
     for dtype in bench.dtypes:
         for row in compare(bench, what, 1, 1024, dtype):
             yield row | (size_of(what[row["mix"]][1]) if "ms" in row else {})
@@ -475,7 +473,10 @@ def length_table(bench: Bench) -> Iterator[dict]:
     what = subjects(bench, "attention")
     if bench.options.peers:
         what["Zaya"] = "peer", replace(bench.config, pattern="C")
-    for T, dtype in product(LENGTHS, bench.dtypes):
+    cases = [*product(LENGTHS, bench.dtypes)]
+    if bench.device.type == "cuda":
+        cases.append(LONGEST)
+    for T, dtype in cases:
         yield from compare(bench, what, 1, T, dtype)
     for T, dtype in product(MACRO_LENGTHS, bench.dtypes):
         yield from compare(bench, subjects(bench, "macro"), 1, T, dtype)
@@ -546,10 +547,10 @@ def main(argv: list[str]) -> int:
     config, options = build(given, HydraConfig, BenchConfig, base=base)
     dense = not config.mod_capacity and config.mor_recursions == 1
     need(config, "mod_capacity mor_recursions", dense or table == "routing", "only table routing measures these")
-    can = not options.peers or find_spec("transformers")
+    can = not options.peers or importlib.util.find_spec("transformers")
     need(options, "peers", can, "it needs transformers, which is not installed: pip install transformers")
-    about = f"{count_params(config):,} parameters"
-    bench = begin(options, config, about, not table, {"config": to_toml(config, options)})
+    facts = {"config": to_toml(config, options)}
+    bench = begin(options, config, f"{count_params(config):,} parameters", not table, facts)
     for name in [table] if table else TABLES:
         bench.take(name, TABLES[name](bench))
     return 1 if bench.failed else 0

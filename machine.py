@@ -28,6 +28,7 @@ from configurator import UserError
 
 EARNS_COMPILATION = 5e13  # FLOPs of a run on a CPU: some minutes, of which a compilation saves more than it takes
 EMULATED = 0.3  # bf16 products at less than this part of fp32's rate are emulated
+MAX_COPIES = 256  # of an input, see `copies`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -228,12 +229,36 @@ def sync(device: torch.device) -> None:
 
 
 def seconds_of(call, device: torch.device) -> float:
-    """Seconds of `call()`, all its work on the device included."""
+    """Seconds of `call()`, all its work on the device included; on CUDA between two events of the device's stream, so
+    that what the host needs to notice the end is left out."""
     sync(device)
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)  # the current device may be another one
+        begun = torch.cuda.Event(enable_timing=True)
+        ended = torch.cuda.Event(enable_timing=True)
+        begun.record(stream)
+        call()
+        ended.record(stream)
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1e3  # it is in milliseconds
     start = time.perf_counter()
     call()
     sync(device)
     return time.perf_counter() - start
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache; 0 for a CPU, whose times are those of inputs that may be in its caches."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 0
+
+
+def copies(x: Tensor, cache: int) -> list[Tensor]:
+    """x and so many copies of it (at most MAX_COPIES in all) that those between two uses of one are twice as large as a
+    `cache` of so many bytes: a call that takes the next one each time finds none of it there."""
+    n = min(MAX_COPIES, math.ceil(2 * cache / x.nbytes) + 1)
+    return [x, *(x.clone() for _ in range(n - 1))]
 
 
 def best_of_seven(call, device: torch.device) -> float:
@@ -314,12 +339,15 @@ def free_memory(device: torch.device) -> int:
 
 
 def memory_of(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Megabytes before `call`, at most during it, and the difference, by the device's own counter."""
+    """Megabytes before `call`, at most during it, and the difference, by the device's own counter; UserError on a CPU
+    without Linux's."""
     status = Path("/proc/self/status")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
+        if not Path("/proc/self/clear_refs").exists():
+            raise UserError("memory on a CPU is read from Linux's /proc, which is not here: leave that table out")
         ctypes.CDLL(None).malloc_trim(0)  # else the call finds room that was freed before
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = int(re.search(r"VmRSS:\s*(\d+)", status.read_text())[1]) * 1024
@@ -337,6 +365,13 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_of(make: Callable, *case) -> dict[str, float]:
+    """`memory_of` a step of what is made, which has a `step` and a `batch`; an earlier one sets up what torch needs."""
+    it = make(*case)
+    it.step()
+    return memory_of(it.step, it.batch.device)
 
 
 def in_child(call: Callable, *args):

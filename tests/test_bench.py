@@ -4,9 +4,11 @@ what it cannot do."""
 import json
 import os
 import signal
+import subprocess
 import sys
 from importlib import import_module
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,10 +85,14 @@ def check(rows: list[dict]) -> None:
 
 def test_a_ratio_is_of_the_row_to_the_other():
     seconds = {"A": 4.0, "C": 1.0, "Zaya": 2.0}
-    times = {(name, "eager", what): [s, 3 * s] for name, s in seconds.items() for what in ("step", "forward")}
+    times = {(name, "eager", "step"): [s, 3 * s] for name, s in seconds.items()}
+    times |= {("A", "eager", "forward"): [1.0, 2.0], ("C", "eager", "forward"): [0.5, 1.0]}
     times |= {("C", "compiled", "step"): [0.5, 1.0], ("A", "compiled", "step"): [1.0, 4.0]}
     eager, compiled = (bench.figures(times, "C", mode) for mode in bench.MODES)
-    assert eager["x_first"] == eager["forward_x_first"] == 0.25 and eager["x_zaya"] == 0.5
+    assert eager["x_first"] == 0.25 and eager["x_zaya"] == 0.5
+    assert eager["forward_ms"] == 750 and eager["forward_x_first"] == 0.5
+    assert eager["backward_x_first"] == pytest.approx((0.5 / 3 + 2 / 10) / 2)  # 0.5 and 2 s, of 3 and 10
+    assert "forward_ms" not in compiled and "backward_x_first" not in compiled
     assert "x_eager" not in eager and eager["ms"] == 2000 and eager["rounds"] == 2
     assert compiled["x_eager"] == pytest.approx((0.5 + 1 / 3) / 2) and compiled["x_first"] == 0.375
     alone = bench.figures({("C", "eager", "step"): [1.0]}, "C", "eager")
@@ -147,6 +153,44 @@ def test_length_has_every_letter_at_every_length(run):
     found = {(r["mix"], r["dtype"], r["T"]) for r in rows if r["level"] == "attention"}
     assert found == set(product(LETTERS, bench.DTYPES, (16, 32, 64)))
     assert {(r["mix"], r["T"]) for r in rows if r["level"] == "macro"} == {("AAA", 32), ("MCL", 32)}
+
+
+def test_on_cuda_length_goes_on_to_the_longest_in_bfloat16(monkeypatch):
+    cases = []
+    monkeypatch.setattr(bench, "compare", lambda of, what, B, T, dtype: cases.append((T, dtype)) or iter(()))
+    for device in (CPU, torch.device("cuda:1")):
+        cases.clear()
+        list(bench.length_table(Bench(bench.BenchConfig(), small(), device, {})))
+        attentions = [*product(bench.LENGTHS, bench.DTYPES)]
+        assert cases[:12] == attentions
+        assert cases[12:-4] == ([(16384, "bfloat16")] if device.type == "cuda" else [])
+
+
+@pytest.mark.parametrize("listed", [4e12, None])
+def test_a_known_data_sheet_is_a_second_peak(run, monkeypatch, listed):
+    monkeypatch.setattr(bench.machine, "datasheet_peak", lambda device, dtype: listed)
+    result = run("length", "--only=eager float32")
+    assert result["datasheet_peaks"] == {"float32": listed, "bfloat16": listed}
+    for row in result["tables"]["length"]:
+        if "ms" in row:
+            assert row.get("of_sheet") == (pytest.approx(row["of_peak"] / 4) if listed else None)
+
+
+@pytest.mark.parametrize("level", ["attention", "block", "macro"])
+def test_a_call_has_the_input_that_was_used_the_longest_ago(level, monkeypatch):
+    """As many of them as exceed the cache twice; none keeps a gradient, all compute the same."""
+    monkeypatch.setattr(bench.machine, "cache_bytes", lambda device: 2 * 16 * 32 * 4)
+    it = Contestant(level, small("A"), 2, 16, CPU, "float32")
+    seen, outputs = [], []
+    it.parts[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]) or outputs.append(output))
+    for _ in range(2):
+        it.step()
+        it.forward()
+    addresses = [x.data_ptr() for x in seen]
+    assert len(set(addresses[:3])) == 3 and addresses[3] == addresses[0]
+    assert all(x.requires_grad and torch.equal(x, seen[0]) for x in seen)
+    assert seen[0].grad is not None and seen[3].grad is None and all(leaf.grad is None for leaf in it.leaves)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_train_is_rated_by_three_forwards(run, monkeypatch, tmp_path):
@@ -335,18 +379,19 @@ def test_decoding_is_timed_behind_a_past_of_routed_tokens(monkeypatch):
     net = Hydra(small(mod_capacity=0.25, mor_recursions=2)).eval()
     bench.force_routers(net)
     seen = []
-    real = bench.decode
+    real = bench.decode_step
 
-    def decode(model, token, state):
-        seen.append([state.tokens, *(layer.get("count", state.pos_B).item() for layer in state.layers)])
-        return real(model, token, state)
+    def decode_step(model, token, state, visible, uniform):
+        assert uniform and visible == state.tokens == 65
+        seen.append([layer.get("count", state.pos_B).item() for layer in state.layers])
+        return real(model, token, state, visible, uniform)
 
-    monkeypatch.setattr(bench, "decode", decode)
+    monkeypatch.setattr(bench, "decode_step", decode_step)
     monkeypatch.setattr(bench, "CYCLE", 2)
     step = torch.no_grad()(bench.decoder(net, 1, 64))
     step()
     step()
-    assert seen == [[64, *layer_tokens(net.config, 64)]] * 4 == [[64, 64, 16, 64, 32, 8, 32]] * 4
+    assert seen == [layer_tokens(net.config, 64)] * 4 == [[64, 16, 64, 32, 8, 32]] * 4
 
 
 def test_a_prefill_is_timed_at_the_routers_capacity(monkeypatch):
@@ -399,7 +444,7 @@ def test_routing_sets_times_next_to_flops(run, monkeypatch):
 
 def test_routing_compiled_is_a_training_step(run, monkeypatch):
     monkeypatch.setattr(bench, "ROUTED_T", 32)
-    monkeypatch.setattr(bench.machine, "compile_blocks", lambda blocks: None)
+    monkeypatch.setattr(Hydra, "compile_training", lambda self: None)
     rows = run("routing", "--pattern=M", "--n_layer=2", "--mod_capacity=0.5", "--only=compiled float32")
     rows = [r for r in rows["tables"]["routing"] if "ms" in r]
     assert [(r["level"], r["mode"], r["mix"]) for r in rows] == [("train", "compiled", n) for n in ("dense", "routed")]
@@ -508,6 +553,28 @@ def test_emulated_bfloat16_is_measured_if_asked_for(run, emulating):
 
 def test_a_machine_with_bfloat16_says_nothing(run):
     assert run("flops")["notes"] == []
+
+
+# ---- everything on a GPU in one call
+
+
+def test_the_gpu_script_runs_every_part_and_names_those_that_fail(tmp_path):
+    """With a stub instead of Python: sampling fails."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *sample.py*) exit 3;; esac\n')
+    stub.chmod(0o755)
+    script = Path(bench.__file__).parent / "tests" / "gpu.sh"
+    done = subprocess.run([script, tmp_path / "out", stub, "cpu"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "failed: sample", done.stdout + done.stderr
+    names = {path.stem for path in (tmp_path / "out").glob("*.txt")}
+    assert names == {"device", "train", "sample", "tests", "length", "bench"}
+    texts = {name: (tmp_path / "out" / f"{name}.txt").read_text() for name in names}
+    assert "-m pytest -q -m cuda" in texts["tests"] and "--device=cpu" in texts["bench"]
+    stub.write_text("#!/bin/sh\n")
+    done = subprocess.run([script, tmp_path / "out", stub], capture_output=True, text=True)
+    assert done.returncode == 0 and "all parts passed" in done.stdout
+    limits = [int(line.split()[2]) for line in script.read_text().splitlines() if line.startswith("part ")]
+    assert len(limits) == len(names) and sum(limits) < 600
 
 
 # ---- refusals

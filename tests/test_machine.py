@@ -3,6 +3,7 @@
 import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +288,51 @@ def test_a_time_is_that_of_the_call(monkeypatch):
     monkeypatch.setattr(machine.time, "perf_counter", lambda: events.append("clock") or next(ticks))
     assert machine.seconds_of(lambda: events.append("call"), CPU) == 2.5
     assert events == ["sync", "clock", "call", "sync", "clock"]
+
+
+def test_on_cuda_a_time_is_between_two_events_of_the_devices_stream(monkeypatch):
+    """What was before has ended; the present device may be another one."""
+    device = torch.device("cuda:1")
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            log.append(("record", stream))
+
+        def synchronize(self):
+            log.append("ended")
+
+        def elapsed_time(self, other):
+            assert other is not self
+            return 2500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("sync"))
+    assert machine.seconds_of(lambda: log.append("call"), device) == 2.5
+    record = ("record", "stream of cuda:1")
+    assert log == ["sync", record, "call", record, "ended"]
+
+
+def test_copies_between_two_uses_of_one_are_twice_the_cache(monkeypatch):
+    x = torch.randn(4, 8)
+    assert machine.cache_bytes(CPU) == 0 and [t is x for t in machine.copies(x, 0)] == [True]
+    found = machine.copies(x, 100)
+    assert len({t.data_ptr() for t in found}) == len(found) == 3 and found[0] is x
+    assert sum(t.nbytes for t in found[1:]) >= 2 * 100 and all(torch.equal(t, x) for t in found)
+    assert len(machine.copies(x, 10**9)) == machine.MAX_COPIES
+    gpu = SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: {"cuda:1": gpu}[str(device)])
+    assert machine.cache_bytes(torch.device("cuda:1")) == 50 * 2**20
+
+
+def test_memory_on_a_cpu_needs_linux(monkeypatch):
+    monkeypatch.setattr(machine.Path, "exists", lambda self: False)
+    with pytest.raises(UserError, match="memory on a CPU is read from Linux's /proc"):
+        machine.memory_of(lambda: None, CPU)
 
 
 def test_peaks_are_operations_and_bytes_over_seconds(monkeypatch):
