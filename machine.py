@@ -52,7 +52,9 @@ def choose_dtype(requested: str, device: torch.device, dim: int) -> tuple[torch.
     if requested != "auto":
         return DTYPES[requested], "asked for"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
+        with torch.cuda.device(device):
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if has_bf16:
             return torch.bfloat16, "this GPU has bf16 instructions"
         return torch.float32, "this GPU has no bf16 instructions"
     if device.type == "mps":
@@ -289,7 +291,7 @@ def datasheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     for model, peak in DATASHEET.items():
-        if re.search(rf"\b{model}\b", name):
+        if re.search(rf"\b{model}\b", name) and "MIG" not in name:  # a MIG slice is a part of a card
             return peak if dtype == torch.bfloat16 else peak / 2
     return None
 

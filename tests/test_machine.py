@@ -1,5 +1,6 @@
 """Decisions about this machine and their reasons; every fallback is forced, so that any machine proves it."""
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -70,7 +71,8 @@ def test_an_apple_gpu_is_eager_and_in_fp32_and_says_that_it_is_untested(monkeypa
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA L4", 121e12),
     ("NVIDIA L40S", 362e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10G", 70e12), ("NVIDIA GB200", 2500e12),
-    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce GTX 1080", None), ("NVIDIA L40", None)])  # fmt: skip
+    ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce GTX 1080", None), ("NVIDIA H100 MIG 1g.10gb", None),
+    ("NVIDIA L40", None)])  # fmt: skip
 def test_the_peak_of_the_data_sheet_is_found_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert datasheet_peak(CUDA, torch.bfloat16) == peak
@@ -124,7 +126,8 @@ def test_no_bf16_where_a_cpu_says_so_and_emulates_it(monkeypatch, rate, emulated
 
 def test_a_gpu_is_asked_for_its_bf16(monkeypatch):
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
         chosen, reason = choose_dtype("auto", CUDA, 64)
         assert chosen == dtype and "this GPU has" in reason
 
