@@ -12,6 +12,7 @@ import tiktoken
 import torch
 
 import data
+import sources
 from configurator import UserError
 
 AWKWARD = ("\ufeffdef f(x):\r\n\tif x:\n        return 'naïve 数 🐍 e\u0301'\x00\x0b\u3000\u2028<|endoftext|> 12345\r\n"
@@ -137,31 +138,31 @@ def test_training_without_rustbpe_says_how_to_install_it(monkeypatch, tmp_path):
 
 def test_the_split_depends_on_the_path_only():
     names = ("ast.py", "bdb.py", "cmd.py", "json/decoder.py", "os.py", "re/__init__.py", "typing.py")
-    sides = {name: data.is_validation(name) for name in (*names, *map("folder/{}.txt".format, range(300)))}
+    sides = {name: sources.is_validation(name) for name in (*names, *map("folder/{}.txt".format, range(300)))}
     assert sides == {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 100 < 10 for name in sides}
     assert [name for name in names if sides[name]] == ["ast.py", "typing.py"]
 
 
 def test_default_corpus():
-    source = data.default_source()
+    source = sources.default_source()
     names = [file.name for file in source.files]
     assert names == sorted(names) and 300 < len(names) < 2000 and "argparse.py" in names
-    assert not [name for name in names if data.NO_CORPUS & set(name.split("/"))]
+    assert not [name for name in names if sources.NO_CORPUS & set(name.split("/"))]
     assert not [name for name in names if "cp1252" in name or "_sysconfigdata" in name or "topics" in name]
     assert "encodings/utf_8.py" in names and "unittest/case.py" in names
     assert len({file.digest for file in source.files}) == len(names)
-    share = sum(map(data.is_validation, names)) / len(names)
+    share = sum(map(sources.is_validation, names)) / len(names)
     assert 0.05 < share < 0.15
 
 
 def test_no_default_corpus_without_a_standard_library(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path / "library"))
-    for files in ({}, {f"{i}.py": f"x = {i}\n" for i in range(data.FEWEST_FILES - 1)}):
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "library"))
+    for files in ({}, {f"{i}.py": f"x = {i}\n" for i in range(sources.FEWEST_FILES - 1)}):
         write_folder(tmp_path / "library", files)
         with pytest.raises(UserError, match="no Python sources in .*library: give a text file or folder with --data"):
             prepare("", tmp_path)
     write_folder(tmp_path / "library", {"one_more.py": "x = 'more'\n"})
-    assert f"{data.FEWEST_FILES} files" in prepare("", tmp_path).description
+    assert f"{sources.FEWEST_FILES} files" in prepare("", tmp_path).description
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -170,7 +171,7 @@ def test_folder_is_split_by_path_without_overlap_or_loss(name, folder, tmp_path)
     root = tmp_path / "texts"
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.txt"))
     for tokens, side in ((corpus.train, False), (corpus.val, True)):
-        texts = [(root / n).read_bytes() for n in names if data.is_validation(n) == side]
+        texts = [(root / n).read_bytes() for n in names if sources.is_validation(n) == side]
         assert len(texts) > 1
         assert corpus.enc.decode_bytes(tokens.tolist()) == b"".join(text + b"<|endoftext|>" for text in texts)
         assert (np.asarray(tokens) == corpus.enc.eot_token).sum() == len(texts)
@@ -195,7 +196,7 @@ def test_unusable_files_are_skipped_and_counted(folder, tmp_path):
 @pytest.mark.parametrize("text", ["".join(f"line {i} né🐍\r\n" for i in range(50)), "數é🐍a" * 60, "ab",
                                   "\n" * 99 + "the end", "x" * 500 + "\n"])
 def test_a_single_file_gives_its_tail_to_validation(text, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(sources, "CHUNK", chunk)
     write_folder(tmp_path, {"one.txt": text})
     corpus = prepare(tmp_path / "one.txt", tmp_path)
     train, val = text_of(corpus.train, corpus.enc), text_of(corpus.val, corpus.enc)
@@ -220,7 +221,7 @@ def test_special_tokens_spelled_in_a_text_stay_text(tmp_path):
 
 
 def test_few_files_give_the_tail_of_the_joined_text(tmp_path):
-    names = [n for n in map("{}.txt".format, range(30)) if not data.is_validation(n)][:3]
+    names = [n for n in map("{}.txt".format, range(30)) if not sources.is_validation(n)][:3]
     folder = write_folder(tmp_path / "few", {n: f"{n}\n" * 100 for n in names})
     corpus = prepare(folder, tmp_path)
     joined = b"".join((tmp_path / "few" / n).read_bytes() for n in sorted(names))
@@ -246,13 +247,13 @@ def test_missing_empty_and_unreadable_data(tmp_path, monkeypatch):
 
 
 def test_fingerprint_sees_content_and_names(folder, tmp_path):
-    first = data.user_source(folder).fingerprint()
-    assert first == data.user_source(folder).fingerprint()
+    first = sources.user_source(folder).fingerprint()
+    assert first == sources.user_source(folder).fingerprint()
     path = tmp_path / "texts/part0/0.txt"
     os.rename(path, path.with_name("00.txt"))  # still the first of the folder
-    second = data.user_source(folder).fingerprint()
+    second = sources.user_source(folder).fingerprint()
     path.with_name("00.txt").write_text("other")
-    assert len({first, second, data.user_source(folder).fingerprint()}) == 3
+    assert len({first, second, sources.user_source(folder).fingerprint()}) == 3
 
 
 # ---- token files
