@@ -2,8 +2,8 @@
 
 - The texts and their split: sources.py.
 - Tokenizers: `python4096` (its ranks are shipped), `bytes`, and the named encodings of tiktoken, downloaded by it.
-- Token files with a checked header, memory-mapped. Batches: a pure function of (seed, step, rank), nothing to save or
-  to replay; evaluation windows meet every target exactly once.
+- Token files with a checked header, memory-mapped. Batches: a pure function of (seed, step), nothing to save or to
+  replay; evaluation windows meet every target exactly once.
 `python data.py train_tokenizer OUT` wrote config/python4096.tiktoken, and writes the same bytes wherever the default
 corpus has the fingerprint RANKS_CORPUS.
 Left out: shuffled epochs (a batch is drawn with replacement), padding between documents, other formats than text.
@@ -206,14 +206,15 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "") -> Cor
 Batch = tuple[torch.Tensor, torch.Tensor]  # x and y, int64 [batch_size, block_size], y one token ahead of x
 
 
-def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, seed: int, step: int, rank: int = 0) -> Batch:
-    """A pure function of (seed, step, rank). Raises UserError: fewer tokens than one window."""
+def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, seed: int, step: int,
+              rows: slice = slice(None)) -> Batch:  # fmt: skip
+    """A pure function of (seed, step), or of it these `rows`. Raises UserError: fewer tokens than one window."""
     if len(tokens) <= block_size:
         raise UserError(f"block_size {block_size} needs {block_size + 1} tokens, the training text has {len(tokens)}: "
                         "set a smaller --block_size or give more text with --data")
-    first = np.random.default_rng([seed, step, rank]).integers(len(tokens) - block_size, size=batch_size)
-    rows = torch.from_numpy(tokens[first[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    first = np.random.default_rng([seed, step, 0]).integers(len(tokens) - block_size, size=batch_size)[rows]
+    texts = torch.from_numpy(tokens[first[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    return texts[:, :-1].contiguous(), texts[:, 1:].contiguous()
 
 
 def eval_batches(tokens: np.ndarray, batch_size: int, block_size: int, max_batches: int = 0) -> Iterator[Batch]:

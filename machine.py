@@ -1,5 +1,5 @@
 """What this machine is and does best: every decision about a device, a precision, a backend or a compilation is made
-here, with its reason; the other files ask. Left out: several devices, float16."""
+here, with its reason; the other files ask (parallel.py joins several processes). Left out: float16."""
 
 import ctypes
 import functools

@@ -9,20 +9,24 @@ import math
 import os
 import pickle
 import platform
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from configurator import UserError
+from parallel import Ranks, contents, gathered, placed, read_shards, write_shards
 
 FILES = ("last.pt", "best.pt", "log.jsonl", "config.toml")
-PARTS = ("model", "model_config", "train_config", "fingerprint", "tokenizer", "step", "best")  # of a checkpoint
+PARTS = ("model_config", "train_config", "fingerprint", "tokenizer", "step", "best")  # of a checkpoint
 
 
 @dataclass
@@ -65,7 +69,8 @@ def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | s
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = f"it is damaged or foreign ({type(error).__name__})"
         raise UserError(f"{path} is no checkpoint of this project, {reason}: restore or delete it") from error
-    if not isinstance(checkpoint, dict) or not set(PARTS) <= checkpoint.keys():
+    whole_or_sharded = isinstance(checkpoint, dict) and checkpoint.keys() & {"model", "shards"}
+    if not whole_or_sharded or not set(PARTS) <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of this project, parts are missing: restore or delete it")
     notes = []
     for part, kind in kinds.items():
@@ -84,7 +89,8 @@ def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | s
 def resumable(out: Path, given: dict, model_config: type, train_config: type) -> tuple[dict, list[str]]:
     """`load_checkpoint` of a run to go on with; UserError where an option of `given` would make it another run."""
     checkpoint, notes = load_checkpoint(out / "last.pt", {"model_config": model_config, "train_config": train_config})
-    missing = {"optimizer", *(field.name for field in fields(Progress))} - checkpoint.keys()
+    moments = "shards" if "shards" in checkpoint else "optimizer"
+    missing = {moments, *(field.name for field in fields(Progress))} - checkpoint.keys()
     if missing:
         raise UserError(f"{out / 'last.pt'} lacks {', '.join(sorted(missing))}, without which nothing goes on exactly: "
                         "restore it; a best.pt cannot stand for it")  # fmt: skip
@@ -100,10 +106,23 @@ def resumable(out: Path, given: dict, model_config: type, train_config: type) ->
     return checkpoint, notes
 
 
-def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
+def has_begun(config: object, run: object) -> bool:
+    """Whether last.pt is of a run of just these configurations."""
+    path = Path(run.out_dir) / "last.pt"
+    if not path.exists():
+        return False
+    checkpoint, _ = load_checkpoint(path, {"model_config": type(config), "train_config": type(run)})
+    return checkpoint["model_config"] == asdict(config) and checkpoint["train_config"] == asdict(run)
+
+
+def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
     """UserError where the checkpoint's weights are not the model's."""
+    if "shards" in checkpoint:
+        read_shards(path.with_name(checkpoint["shards"]), contents(model, None))
+        return
+    own = model.state_dict()
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict({name: placed(t, own.get(name)) for name, t in checkpoint["model"].items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: its weights do not fit its configuration ({reason}): use the version of this project "
@@ -113,18 +132,50 @@ def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
 def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
     """Its moments from a checkpoint; its options stay as they were made, group by group: they may have been changed."""
     made = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, state in moments["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = placed(state[name], params[i])
     optimizer.load_state_dict(moments)
     for group, options in zip(optimizer.param_groups, made, strict=True):
         group.update(options)
+
+
+def restore(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A checkpoint of any number of ranks into the model and optimiser of this one."""
+    if "shards" in checkpoint:
+        read_shards(path.with_name(checkpoint["shards"]), contents(model, optimizer))
+        return
+    load_weights(model, checkpoint, path)
+    restore_optimizer(optimizer, checkpoint["optimizer"])
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
+def save_run(path: Path, content: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None,
+             ranks: Ranks) -> None:  # fmt: skip
+    """A checkpoint, by rank 0; with an `optimizer` one to go on from. Under fsdp it names a folder beside it, in which
+    every rank has written its part by then."""
+    if optimizer and ranks.mode == "fsdp":
+        content["shards"] = f"shards-{content['step']}"
+        write_shards(path.with_name(content["shards"]), contents(model, optimizer))
+    else:
+        content["model"] = gathered(model, ranks)
+        if optimizer:
+            content["optimizer"] = optimizer.state_dict()
+    if ranks.rank > 0:
+        return
+    save_checkpoint(path, content)
+    for folder in path.parent.glob("shards-*") if optimizer else ():
+        if folder.name != content.get("shards"):
+            shutil.rmtree(folder)
+
+
 def set_aside(out: Path) -> str:
     """Move an earlier run's files into a numbered folder of OUT_DIR, so that a new run overwrites nothing."""
-    old = [out / name for name in FILES if (out / name).exists()]
+    old = [out / name for name in FILES if (out / name).exists()] + [*out.glob("shards-*")]
     if not old:
         return ""
     number = 1
@@ -158,10 +209,11 @@ def truncate_log(path: Path, step: int, evaluates: bool) -> float:
 
 
 class RunLog:
-    """log.jsonl, line by line; lines for people are printed too."""
+    """log.jsonl, line by line; lines for people are printed too. Without a path, of another rank, it goes nowhere."""
 
-    def __init__(self, path: Path):
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+    def __init__(self, path: Path | None):
+        self.file = open(path or os.devnull, "a", encoding="utf-8", buffering=1)
+        self.errors = sys.stderr if path else self.file
 
     def start(self, step: int, resumed: bool, facts: dict) -> None:
         """The header: what was run, and with what."""
@@ -185,6 +237,22 @@ class RunLog:
         self.write(record)
         text = "step {step:5d} | validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte".format_map(record)
         print(text + (" (best)" if record["best"] else ""), flush=True)
+
+    def give_up(self, step: int, message: str, kept: str) -> int:
+        """The run's last record; its exit code."""
+        self.write({"step": step, "stopped": message})
+        print(f"error: {message}; {kept}: lower --learning_rate", file=self.errors, flush=True)
+        return 1
+
+    def final(self, record: dict, batches: int, seconds: float, out_dir: str) -> None:
+        """The number to compare, of so many `batches`, 0 = all."""
+        self.write(record | {"final": True})
+        part = f"{batches} batches of the" if batches else "whole"
+        text = (part + " validation split: {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte; ").format_map(record)
+        text += f"{seconds:.0f} s in all, at most {record['peak_memory'] / 1e6:,.0f} MB of memory"
+        if record["step"]:
+            text += f"; sample it with: python sample.py --out_dir={out_dir} --prompt=import"
+        print(text, flush=True)
 
     def step(self, steps: int, record: dict, routing: dict[str, float]) -> None:
         """A step of `steps` in all."""
@@ -235,9 +303,12 @@ def check_text(checkpoint: dict, ids: dict[str, str], out: Path, data: str) -> N
                             "or start another run with --out_dir=PATH")  # fmt: skip
 
 
-def open_folder(out: Path, toml: str, resumed_at: int | None, evaluates: bool) -> tuple[RunLog, str, float]:
+def open_folder(out: Path, toml: str, resumed_at: int | None, evaluates: bool,
+                ranks: Ranks) -> tuple[RunLog, str, float]:  # fmt: skip
     """The run's log, what became of an earlier run, and the lowest validation loss so far; UserError where the folder
-    cannot be written."""
+    cannot be written. Rank 0 does it, the others get a log that goes nowhere."""
+    if ranks.rank > 0:
+        return RunLog(None), "", ranks.first(None)
     aside = ""
     best = math.inf
     try:
@@ -247,9 +318,10 @@ def open_folder(out: Path, toml: str, resumed_at: int | None, evaluates: bool) -
         else:
             best = truncate_log(out / "log.jsonl", resumed_at, evaluates)
         write_text(out / "config.toml", toml)
-        return RunLog(out / "log.jsonl"), aside, best
+        log = RunLog(out / "log.jsonl")
     except OSError as error:
         raise UserError(f"out_dir={str(out)!r}: {error.strerror}: choose a folder that can be written") from error
+    return log, aside, ranks.first(best)
 
 
 def stop_on_signals() -> list[int]:

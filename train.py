@@ -6,11 +6,11 @@
 - Routed models (routing.py) train with their auxiliary losses added; `loss` in the log is the language model's alone.
 - A step whose loss or gradient is not finite updates nothing, is counted and named; ten in a row end the run. The
   device sees to it alone: the host waits for it once a log line.
-Left out: float16 and its loss scaling, several processes, other optimisers.
+- Several processes, each with its device: torchrun --nproc_per_node=N train.py, see parallel.py.
+Left out: float16 and its loss scaling, other optimisers.
 """
 
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from generate import continue_text
 from layers import IGNORE
 from machine import DTYPES, Prefetch, choose_machine, peak_memory
 from model import Hydra, HydraConfig
+from parallel import ALONE, Ranks, accumulates, ends_together, join, launched, local, pooled, restarted, spread
 from runs import Progress
 
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
@@ -44,7 +45,7 @@ class TrainConfig:
     data: str = ""  # a text file or folder to train on; empty: the Python standard library on this machine
     tokenizer: str = "python4096"  # python4096, bytes, or an encoding of tiktoken such as gpt2 (downloaded once)
     cache_dir: str = "cache"  # folder of the token files
-    batch_size: int = 4  # sequences in one forward
+    batch_size: int = 4  # sequences in one forward, over all processes
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
     max_iters: int = 800  # steps of the run
     learning_rate: float = 1.4e-3  # peak learning rate
@@ -64,6 +65,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast over fp32 weights)
     recompute: str = "none"  # block: keep the blocks' inputs alone and run blocks again in the backward; or none
     compile: str = "auto"  # torch.compile of the blocks: auto, on or off
+    parallel: str = "auto"  # several processes (torchrun): ddp, fsdp (parameters in parts), auto = ddp
     seed: int = 1337  # of the weights, the batches and the samples
 
     def __post_init__(self):
@@ -80,6 +82,7 @@ class TrainConfig:
         need(self, "dtype", self.dtype in ("auto", *DTYPES), "use auto, float32 or bfloat16")
         need(self, "recompute", self.recompute in ("none", "block"), "use none or block")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
+        need(self, "parallel", self.parallel in ("auto", "ddp", "fsdp"), "use auto, ddp or fsdp")
         need(self, "out_dir", len(self.out_dir) > 0, "name a folder")
         need(self, "seed", self.seed < 2**63, "choose one below 2**63")
 
@@ -114,18 +117,19 @@ class Step(NamedTuple):
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]],
-               grad_clip: float, autocast: torch.autocast) -> Step:  # fmt: skip
+               grad_clip: float, autocast: torch.autocast, ranks: Ranks = ALONE) -> Step:  # fmt: skip
     """Forward and backward of every batch, one update with the mean of their gradients, clipped to `grad_clip`; none
     where the loss or the norm is not finite. The host does not wait for any of it."""
     losses = []
-    for idx, targets in batches:
-        with autocast:
-            output = model(idx, targets)
-        (output.loss / len(batches)).backward()
+    for i, (idx, targets) in enumerate(batches, 1):
+        with accumulates(model, last=i == len(batches)):
+            with autocast:
+                output = model(idx, targets)
+            (output.loss / len(batches)).backward()
         losses.append(output.cross_entropy.detach())
-    loss = torch.stack(losses).mean()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norms = torch._foreach_norm(list(grads.values()))
+    grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    means = [torch.stack(losses).mean(), *output.routing.values()]
+    (loss, *routing), norms = ranks.agree(means, torch._foreach_norm(list(grads.values())))
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if grad_clip:
         nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
@@ -136,25 +140,38 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
     elif sound:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Step(loss, norm, dict(zip(grads, norms, strict=True)), output.routing)
+    return Step(loss, norm, dict(zip(grads, norms, strict=True)), dict(zip(output.routing, routing, strict=True)))
 
 
 @torch.no_grad()
 def evaluate(model: Hydra, tokens: np.ndarray, bytes_V: Tensor, batch_size: int, batches: int,
-             device: torch.device) -> dict[str, float]:  # fmt: skip
+             device: torch.device, ranks: Ranks = ALONE) -> dict[str, float]:  # fmt: skip
     """val_loss (mean nats per token) and val_bpb (bits per byte) over `batches` batches of `tokens`, 0 = over all of
     it; with routers what they did by the causal rule in the last one."""
     model.eval()
     nats, count, size = 0.0, 0, 0
+    rows = ranks.rows(batch_size)
     for x, y in eval_batches(tokens, batch_size, model.config.block_size, batches):
-        targets = y[y != IGNORE]
-        output = model(x.to(device), y.to(device))
-        nats += output.loss.item() * len(targets)
+        targets = y[rows][y[rows] != IGNORE]
+        output = model(x[rows].to(device), y[rows].to(device))
+        if len(targets) > 0:  # else these rows are behind the last window
+            nats += output.loss.item() * len(targets)
         count += len(targets)
         size += int(bytes_V[targets].sum())
     model.train()
+    routing = {f"val_{name}": output.routing[name].item() for name in BY_RULE if name in output.routing}
+    nats, count, size, *sums = ranks.total([nats, count, size, *routing.values()])
     found = {"val_loss": nats / count, "val_bpb": nats / math.log(2) / max(1, size)}
-    return found | {f"val_{name}": output.routing[name].item() for name in BY_RULE if name in output.routing}
+    return found | {name: value / ranks.size for name, value in zip(routing, sums, strict=True)}
+
+
+@torch.no_grad()
+def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], ranks: Ranks) -> bool:
+    """Whether the loss is finite: weights can be finite and still be lost."""
+    model.eval()  # has its graphs already
+    sound = model(*batch).loss.isfinite()
+    model.train()
+    return not ranks.any(not sound)
 
 
 def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, list[str]]:
@@ -167,27 +184,36 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
         return *build(given, *kinds), None, []
     checkpoint, notes = runs.resumable(Path(where.out_dir), given, *kinds)
     stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir}
+    if not launched():
+        stored["parallel"] = "auto"  # a run of several processes goes on in a single one
     config, run = build(given | {"resume": False}, *kinds, base=stored)
     return config, run, checkpoint, notes
 
 
+@ends_together()
 def main(argv: list[str]) -> int:
     config, run, checkpoint, notes = configure(argv)
+    ranks, device = join(run.parallel, run.device)
+    if ranks.any(restarted()) and runs.has_begun(config, run):
+        config, run, checkpoint, notes = configure([*argv, "--resume"])
     out = Path(run.out_dir)
+    rows = ranks.rows(run.batch_size)
 
     # ---- machine
     tokens_per_step = run.batch_size * run.gradient_accumulation_steps * config.block_size
     flops_per_step = 3 * flops_per_token(config, config.block_size) * tokens_per_step
-    machine = choose_machine(run.device, run.dtype, run.compile, config.dim, run.max_iters * flops_per_step)
+    machine = choose_machine(device, run.dtype, run.compile, config.dim, run.max_iters * flops_per_step)
+    machine = pooled(machine, ranks)
 
     # ---- data
-    corpus = prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir)
+    corpus = ranks.one_first(lambda: prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir))
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
+    ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
 
     def make_batches(step: int) -> list[tuple[Tensor, Tensor]]:
         numbers = range(step * run.gradient_accumulation_steps, (step + 1) * run.gradient_accumulation_steps)
-        return [get_batch(corpus.train, run.batch_size, config.block_size, run.seed, n) for n in numbers]
+        return [get_batch(corpus.train, run.batch_size, config.block_size, run.seed, n, rows) for n in numbers]
 
     batches = Prefetch(make_batches, machine.device)
     batches(0)  # too short a text is refused before anything is written
@@ -197,23 +223,24 @@ def main(argv: list[str]) -> int:
     model = Hydra(config).to(machine.device)
     model.recompute = run.recompute == "block"
     backends = model.backends(machine.compiled, grad=True)
+    trained = spread(model, ranks, machine.device, machine.dtype)
     optimizer = make_optimizer(model, run)
     progress = Progress()
     evaluates = True  # at the first step of this run
     if checkpoint:
         runs.check_text(checkpoint, ids, out, run.data)
-        runs.load_weights(model, checkpoint, out / "last.pt")
-        runs.restore_optimizer(optimizer, checkpoint["optimizer"])
+        runs.restore(out / "last.pt", checkpoint, model, optimizer)
         progress = Progress(**{name: checkpoint[name] for name in asdict(progress)})
         evaluates = progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
     first_step = progress.step
 
-    def save(name: str, **more: dict) -> None:
+    def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         configs = {"model_config": asdict(config), "train_config": asdict(run)}
-        runs.save_checkpoint(out / name, {"model": model.state_dict(), **configs, **ids, **asdict(progress), **more})
+        runs.save_run(out / name, configs | ids | asdict(progress), model, optimizer, ranks)
 
     # ---- the run's folder; say what was chosen and why
-    log, aside, best = runs.open_folder(out, to_toml(config, run), first_step if checkpoint else None, evaluates)
+    begins = first_step if checkpoint else None
+    log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
     parameters = count_params(config)
     facts = {"corpus": corpus.description, **ids, **machine.facts,
@@ -229,41 +256,37 @@ def main(argv: list[str]) -> int:
     # ---- the loop: save, evaluate, sample, step
     if machine.compiled:
         model.compile_training()
-    stop = runs.stop_on_signals()
+    signals = runs.stop_on_signals()
     began = time.perf_counter()
     steps: list[Step] = []  # that are not read yet
     while True:
         step = progress.step
         final = step >= run.max_iters
         due = final or step % run.eval_interval == 0
+        stop = ranks.any(signals)
         if steps and (due or stop):
             runs.settle(steps, run.grad_clip, progress, log)
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
         if progress.streak >= MAX_BAD:
-            message = f"{progress.streak} steps in a row were not finite"
-            log.write({"step": step, "stopped": message})
-            print(f"error: {message}; {kept}: lower --learning_rate", file=sys.stderr, flush=True)
-            return 1
+            return log.give_up(step, f"{progress.streak} steps in a row were not finite", kept)
         if (due or stop) and step > first_step:
-            model.eval()  # has its graphs already
-            with torch.no_grad(), machine.autocast():
-                sound = model(*batches(step)[0]).loss.isfinite()  # weights can be finite and still be lost
-            model.train()
+            with machine.autocast():
+                sound = is_sound(model, batches(step)[0], ranks)
             if sound:
-                save("last.pt", optimizer=optimizer.state_dict())
+                save("last.pt", optimizer)
                 kept = f"saved in {out}"
         if stop:
             print(f"stopped at step {step}, {kept}: go on with --resume --out_dir={run.out_dir}", flush=True)
             return 130
         if due:
             with machine.autocast():
-                found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device)
+                found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks)
             best = found["val_loss"] < progress.best
             log.evaluation({"step": step, **found, "best": best})
             progress.best = min(progress.best, found["val_loss"])
             if best and step > 0:
                 save("best.pt")
-            if run.sample_tokens and math.isfinite(found["val_loss"]):
+            if run.sample_tokens and ranks.samples and math.isfinite(found["val_loss"]):
                 with machine.autocast():
                     text = continue_text(model, corpus.enc, run.sample_prompt, run.sample_tokens, run.seed + step)
                 print("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30, flush=True)
@@ -274,7 +297,7 @@ def main(argv: list[str]) -> int:
             start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, run)
-        steps.append(train_step(model, optimizer, batches(step), run.grad_clip, machine.autocast()))
+        steps.append(train_step(trained, optimizer, batches(step), run.grad_clip, machine.autocast(), ranks))
         progress.step += 1
         if step > 0 and progress.step % run.log_interval > 0:
             continue
@@ -292,13 +315,9 @@ def main(argv: list[str]) -> int:
 
     # ---- the number to compare
     with machine.autocast():
-        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device)
-    peak = peak_memory(machine.device)
-    log.write({"step": progress.step, **found, "final": True, "peak_memory": peak})
-    part = f"{run.final_eval_iters} batches of the" if run.final_eval_iters else "whole"
-    print(f"{part} validation split: {found['val_loss']:.4f} nats/token, {found['val_bpb']:.4f} bits/byte; "
-          f"{time.perf_counter() - began:.0f} s in all, at most {peak / 1e6:,.0f} MB of memory"
-          + (f"; sample it with: python sample.py --out_dir={run.out_dir} --prompt=import" if progress.step else ""))
+        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks)
+    found = {"step": progress.step, **found, "peak_memory": peak_memory(machine.device)}
+    log.final(found, run.final_eval_iters, time.perf_counter() - began, run.out_dir)
     return 0
 
 

@@ -300,7 +300,7 @@ class Options:
 
 
 def stored(**parts) -> dict:
-    return dict.fromkeys((*runs.PARTS, "optimizer", *vars(runs.Progress())), 0) | parts
+    return dict.fromkeys((*runs.PARTS, "model", "optimizer", *vars(runs.Progress())), 0) | parts
 
 
 def test_a_checkpoint_is_fitted_to_the_options_of_today(tmp_path):

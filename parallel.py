@@ -1,0 +1,303 @@
+"""Several processes, each with a device of its own: `torchrun --nproc_per_node=N train.py`.
+
+- ddp: every rank has the whole model, and gradients are averaged while the backward runs.
+- fsdp: FSDP2, every rank keeps a part of each parameter, gradient and moment (arXiv:2304.11277).
+- gloo between CPUs, NCCL between GPUs. What the hosts tell each other goes through gloo on both, which notices at once
+  that a process has gone.
+- Sharded checkpoints by torch.distributed.checkpoint: any number of ranks reads them, a single process too.
+Of the environment it reads torchrun's variables only. torch's sharding, which takes two seconds to import, is imported
+where it is asked for. Left out: tensor, pipeline and context parallelism, replicas of shards.
+"""
+
+import contextlib
+import os
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from configurator import UserError
+from machine import Machine, choose_device
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH = "start the processes with torchrun --nproc_per_node=N train.py"
+
+
+# ---- the processes
+
+class Ranks(NamedTuple):
+    """The processes of a run, and which of them this is; without torchrun a single one."""
+
+    mode: str = "none"  # none, ddp or fsdp
+    rank: int = 0
+    local_rank: int = 0  # among those of this machine
+    size: int = 1
+
+    @property
+    def samples(self) -> bool:
+        """Whether this process is to generate, which it does alone."""
+        return self.rank == 0 and self.mode != "fsdp"
+
+    def rows(self, batch_size: int) -> slice:
+        """This rank's sequences of a batch; UserError where they do not divide."""
+        if batch_size % self.size:
+            near = self.size * max(1, round(batch_size / self.size))
+            raise UserError(f"batch_size={batch_size}: it is of all {self.size} processes together, and does not "
+                            f"divide by them: use --batch_size={near}")  # fmt: skip
+        part = batch_size // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def total(self, values: list[float]) -> list[float]:
+        """The sum of each value over the ranks, which wait for each other."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def any(self, holds: object) -> bool:
+        """Whether it holds on some rank."""
+        return self.total([bool(holds)]) > [0]
+
+    def first(self, value):
+        """Rank 0's value."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def one_first(self, make: Callable):
+        """`make()` by one rank of each machine, then by the others, which find the files that it left."""
+        if self.local_rank > 0:
+            self.any(False)
+            return make()
+        made = make()
+        self.any(False)
+        return made
+
+    def check_same(self, what: str, value: object) -> None:
+        """UserError on a rank whose value is not rank 0's."""
+        if self.first(value) != value:
+            raise UserError(f"{what}: rank {self.rank} has another than rank 0: give every machine the same")
+
+    def agree(self, means: list[Tensor], norms: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(the mean of each of `means` over the ranks, the norm of each gradient, of whose part here are `norms`), on
+        the device: nobody waits for it."""
+        if self.size == 1:
+            return means, norms
+        values = torch.stack(means).detach() / self.size
+        if self.mode == "fsdp":
+            values = torch.cat((values, torch.stack(norms).square()))
+        dist.all_reduce(values)
+        if self.mode == "fsdp":
+            norms = list(values[len(means) :].sqrt())
+        return list(values[: len(means)]), norms
+
+
+ALONE = Ranks()
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun --max-restarts has started this process anew; not every machine's ranks need to know."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def choose_local_device(requested: str, local_rank: int) -> torch.device:
+    """`choose_device` for one of several processes of a machine, each of which has a GPU of its own."""
+    device = choose_device(requested)
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise UserError(f"device={requested!r}: with torchrun each process takes its own: use auto, cpu or cuda")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(f"LOCAL_RANK={local_rank}: {gpus} GPUs are here: use --nproc_per_node={gpus} or --device=cpu")
+    return torch.device("cuda", local_rank)
+
+
+def fresh_store(rank: int, size: int) -> dist.Store:
+    """The store by which the ranks find each other, under a prefix of this start. torchrun's store outlives a restart,
+    and a rank that reads there where another one was before waits in vain (pytorch issue 135712): so rank 0 answers
+    the others' greetings with the prefix, until all have heard it."""
+    store, _, _ = next(rendezvous("env://", rank, size))
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"greeting {rank}", own)
+        prefix = store.get(f"answer {own}").decode()  # waits for it
+        store.add(f"heard {prefix}", 1)
+        return dist.PrefixStore(prefix, store)
+    while store.add(f"heard {own}", 0) < size - 1:
+        for other in range(1, size):
+            greeting = store.get(f"greeting {other}").decode()
+            store.set(f"answer {greeting}", own)
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)
+
+
+def join(parallel: str, device: str) -> tuple[Ranks, str]:
+    """(the processes that torchrun started, this one's device); UserError where they cannot meet. From here on ranks
+    other than 0 print nothing but errors."""
+    if not launched():
+        if parallel != "auto":
+            raise UserError(f"parallel={parallel!r}: this is a single process: {LAUNCH} --parallel={parallel}")
+        return ALONE, device
+    for name in VARIABLES:
+        text = os.environ.get(name, "")
+        if not text or (name != "MASTER_ADDR" and not text.isdecimal()):
+            raise UserError(f"{name}={text!r} in the environment: {LAUNCH}")
+    rank, local_rank, size = (int(os.environ[name]) for name in VARIABLES[:3])
+    own = choose_local_device(device, local_rank)
+    backend = "gloo"
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, store=fresh_store(rank, size), rank=rank, world_size=size)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"rank {rank} of {size} does not meet the others at {os.environ['MASTER_ADDR']}:"
+                        f"{os.environ['MASTER_PORT']} ({reason}): {LAUNCH}") from error  # fmt: skip
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return Ranks("ddp" if parallel == "auto" else parallel, rank, local_rank, size), str(own)
+
+
+def pooled(machine: Machine, ranks: Ranks) -> Machine:
+    """What all ranks run on: as rank 0 chose, each on its own device, with the peaks of all together."""
+    if ranks.mode == "none":
+        return machine
+    first = ranks.first(machine)
+    facts = first.facts | {"processes": f"{ranks.size}, {ranks.mode}"}
+    if ranks.mode == "fsdp":
+        facts["samples"] = "none, since no rank has the whole model: python sample.py reads best.pt and last.pt"
+    listed = first.listed_peak * ranks.size if first.listed_peak else None
+    return first._replace(device=machine.device, peak=first.peak * ranks.size, listed_peak=listed, facts=facts)
+
+
+@contextlib.contextmanager
+def ends_together() -> Iterator[None]:
+    """Around a main function: its process group ends with it, and for a process that has gone there is one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not lost or not dist.is_initialized():
+            raise
+        print(f"error: rank {dist.get_rank()} has lost another process of this run, which ended or cannot be reached: "
+              "go on from the last checkpoint with --resume", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)  # what is left of the group can neither be closed nor taken down in order
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- the model
+
+def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
+    """FSDP2, block by block. With bf16 the blocks gather their parameters in it, and gradients are summed in fp32; what
+    is outside of the blocks stays fp32, and so does the residual line."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of changes of an output in place: there are none
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+
+
+def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """`model` (with `blocks`) over the ranks -> the module that training calls. Under fsdp its parameters are replaced:
+    an optimiser comes later."""
+    if ranks.mode == "fsdp":
+        shard(model, ranks, device, dtype)
+    if ranks.mode != "ddp":
+        return model
+    torch._dynamo.config.optimize_ddp = False  # it would cut a graph into buckets; a compiled block is small enough
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def accumulates(module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """Around a forward and backward: only in the `last` one of a step do the ranks exchange gradients."""
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
+        module.set_requires_gradient_sync(last)
+    elif isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole tensor the part that this rank has of `like`."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """The whole weights, on rank 0 alone; all ranks ask for them."""
+    weights = model.state_dict()
+    if ranks.mode == "fsdp":
+        for name, tensor in weights.items():
+            whole = tensor.full_tensor()
+            weights[name] = whole.cpu() if ranks.rank == 0 else None
+    return weights
+
+
+# ---- sharded files
+
+def contents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Weights and moments by name, moments made where there are none yet: what a sharded checkpoint holds."""
+    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, p in model.named_parameters() if optimizer else ():
+        moments = optimizer.state[p]
+        if not moments:
+            step = torch.zeros((), device=p.device)
+            moments |= {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        found |= {f"optimizer.{name}.{key}": tensor for key, tensor in moments.items()}
+    return found
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Every rank writes its part; UserError where one cannot."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.save(tensors, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
+        raise UserError(f"cannot write {folder} ({reason}): free some space or choose another folder") from error
+
+
+def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill the tensors, whole ones or parts; UserError where the files are not theirs."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process reads them too
+            dcp.load(tensors, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
+        raise UserError(f"{folder} does not fit this run, or is damaged ({reason}): restore it") from error
