@@ -47,14 +47,14 @@ class Context(NamedTuple):
 LayerState = dict[str, Tensor]  # what one layer keeps of the past, by name: see `Attention.new_state`
 
 
-def make_context(pos: Tensor, widths: set[int], theta: float, masks: set[tuple[int, int]] = frozenset()) -> Context:
+def make_context(pos: Tensor, widths: set[int], theta: float, masks: set[tuple[int, int]] = frozenset(), dtype=torch.float32) -> Context:
     """Rotation tables at positions `pos` for every width, and a BlockMask for every (tokens, window) of `masks`
     (window 0 = full causal)."""
     rope = {}
     for width in sorted(widths):
         freq = theta ** (-torch.arange(0, width, 2, device=pos.device, dtype=torch.float32) / width)
         angle = pos[..., None, None].float() * freq
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         rope[width] = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     return Context(pos, rope, {shape: causal_block_mask(*shape, pos.device) for shape in sorted(masks)})
 
@@ -322,12 +322,12 @@ class CCQA(Attention):
             v = torch.cat((now, shifted), dim=-1)
         mixed = qk
         if self.conv_kernel:
-            mixed = self.convolve(with_past(qk, self.reach, "qk_tail", ctx, state))
+            mixed = self.convolve(qk, ctx, state)
         mixed_BTNK = mixed.unflatten(-1, (H + G, -1))
         if self.qk_gain:
             mixed_BTNK = mixed_BTNK + self.couple(qk.unflatten(-1, (H + G, -1)))
         # post-mix norm: without a gain this is the paper's L2 norm times sqrt(K), so a logit is at most sqrt(K) * temp
-        mixed_BTNK = F.rms_norm(mixed_BTNK, (self.head_width,), eps=self.eps)
+        mixed_BTNK = F.rms_norm(mixed_BTNK, (self.head_width,), eps=self.eps).to(qk.dtype)
         q_BTHK, k_BTGK = apply_rope(mixed_BTNK, ctx.rope[self.rope_width]).split((H, G), dim=2)
         k_BTGK = k_BTGK * self.k_temperature.to(k_BTGK.dtype)[:, None]
         y = attend(q_BTHK, k_BTGK, v.unflatten(-1, (G, -1)), ctx, requested=self.requested, state=state)
@@ -339,17 +339,20 @@ class CCQA(Attention):
         mean_BTGhK = self.qk_gain * (q_BTHK.unflatten(2, (self.n_kv_head, -1)) + k_BTGK.unsqueeze(3))
         return torch.cat((mean_BTGhK.flatten(2, 3), mean_BTGhK.mean(3)), dim=2)
 
-    def convolve(self, u: Tensor) -> Tensor:
-        """Depthwise, then per-head convolution over time, [B, reach + T, H*K + G*K] -> [B, T, the same]: the first
-        `reach` = 2*(conv_kernel-1) rows are the past (zeros before the first token), so both are causal."""
-        taps = self.conv_kernel
-        T = u.size(1) - taps + 1
+    def convolve(self, qk: Tensor, ctx: Context, state: LayerState | None) -> Tensor:
+        """Depthwise, then per-head convolution over time of [B, T, H*K + G*K], both causal: they see the `reach` rows
+        before the first, zeros where a text begins."""
+        if qk.is_cuda and state is None:
+            return shifted_products(qk, one_filter(self.conv_depthwise, self.conv_grouped).to(qk.dtype))
+        u = with_past(qk, self.reach, "qk_tail", ctx, state)
+        if qk.is_cuda or qk.size(1) == 1:
+            filters = one_filter(self.conv_depthwise, self.conv_grouped).to(qk.dtype)
+            return shifted_products(u, filters)[:, self.reach :]
         depthwise, grouped = self.conv_depthwise.to(u.dtype), self.conv_grouped.to(u.dtype)
+        T = u.size(1) - self.conv_kernel + 1
         mixed = u[:, :T] * depthwise[:, 0]
-        for i in range(1, taps):
+        for i in range(1, self.conv_kernel):
             mixed = mixed + u[:, i : i + T] * depthwise[:, i]
-        if mixed.is_cuda or T == taps:
-            return per_head_einsum(mixed, grouped)
         return per_head_conv1d(mixed, grouped)
 
 
@@ -359,13 +362,23 @@ def per_head_conv1d(u: Tensor, grouped: Tensor) -> Tensor:
     return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
 
 
-def per_head_einsum(u: Tensor, grouped: Tensor) -> Tensor:
-    """The same as one product over the stacked taps: a GPU's compiler fuses it with its neighbours, and for the one row
-    of a decoding step a convolution's set-up costs more than its work."""
+def one_filter(depthwise: Tensor, grouped: Tensor) -> Tensor:
+    """[N*K, taps] and [N*K, K, taps] -> the filters of both convolutions at once, [N, K out, K in, 2*taps - 1]."""
     K, taps = grouped.shape[1:]
-    T = u.size(1) - taps + 1
-    seen = torch.stack([u[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
-    return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
+    pairs = grouped.unflatten(0, (-1, K)).unsqueeze(-1) * depthwise.unflatten(0, (-1, 1, K)).unsqueeze(-2)
+    skewed = F.pad(pairs, (0, taps)).flatten(-2)[..., :-taps].unflatten(-1, (taps, -1))  # row i moved by i
+    return skewed.sum(-2)
+
+
+def shifted_products(x: Tensor, filters: Tensor) -> Tensor:
+    """[B, T, N*K] by filters of all delays, one product, whose parts are shifted and summed"""
+    N, K, _, taps = filters.shape
+    products = torch.einsum("btni,nois->btnso", x.unflatten(-1, (N, K)), filters)
+    total = 0
+    for s in range(taps):
+        delay = taps - 1 - s
+        total = total + F.pad(products[:, :, :, s].flatten(2), (0, 0, delay, -delay))
+    return total
 
 
 class MLA(Attention):
@@ -407,7 +420,9 @@ class MLA(Attention):
         latent = self.latent_norm(self.down(x_BTD))
         if ctx.decoding:
             return self.out(self.norm(self.absorbed(latent, ctx, state)))
-        q, k_rope, k_nope, v = self.up(latent).split((R, self.rope_width, R // 2, R), dim=-1)
+        up = self.up(latent)
+        q, _, k_nope, v = up.split((R, self.rope_width, R // 2, R), dim=-1)
+        k_rope = up[..., R : R + self.rope_width]
         q_nope, q_rope = q.unflatten(-1, (H, -1)).chunk(2, dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), table)
         if state is not None:

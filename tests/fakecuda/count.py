@@ -32,7 +32,8 @@ def count_block(config, layer=0, B=8):
         idx = torch.zeros(B, T, dtype=torch.int64)
     block = model.blocks[layer]
     block.compile(fullgraph=True, dynamic=False)
-    ctx = model.context(torch.arange(T, device=idx.device))
+    with autocast():
+        ctx = model.context(torch.arange(T, device=idx.device))
     def run(forward, backward):
         x = model.embed(idx).detach().requires_grad_()
         with forward, autocast():
