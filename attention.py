@@ -340,45 +340,46 @@ class CCQA(Attention):
         return torch.cat((mean_BTGhK.flatten(2, 3), mean_BTGhK.mean(3)), dim=2)
 
     def convolve(self, qk: Tensor, ctx: Context, state: LayerState | None) -> Tensor:
-        """Depthwise, then per-head convolution over time of [B, T, H*K + G*K], both causal: they see the `reach` rows
-        before the first, zeros where a text begins."""
+        """Depthwise, then per-head convolution over time of [B, T, H*K + G*K], both causal: a token sees the `reach` =
+        2*(conv_kernel-1) rows before it, zeros before the first."""
         if qk.is_cuda and state is None:
-            return shifted_products(qk, one_filter(self.conv_depthwise, self.conv_grouped).to(qk.dtype))
+            return shifted_products(qk, one_filter(self.conv_depthwise, self.conv_grouped))
         u = with_past(qk, self.reach, "qk_tail", ctx, state)
-        if qk.is_cuda or qk.size(1) == 1:
-            filters = one_filter(self.conv_depthwise, self.conv_grouped).to(qk.dtype)
-            return shifted_products(u, filters)[:, self.reach :]
+        taps = self.conv_kernel
+        T = u.size(1) - taps + 1
         depthwise, grouped = self.conv_depthwise.to(u.dtype), self.conv_grouped.to(u.dtype)
-        T = u.size(1) - self.conv_kernel + 1
         mixed = u[:, :T] * depthwise[:, 0]
-        for i in range(1, self.conv_kernel):
+        for i in range(1, taps):
             mixed = mixed + u[:, i : i + T] * depthwise[:, i]
-        return per_head_conv1d(mixed, grouped)
+        if mixed.is_cuda or T == taps:
+            return per_head_einsum(mixed, grouped)
+        y = F.conv1d(mixed.transpose(1, 2), grouped, groups=self.n_head + self.n_kv_head)
+        return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
 
 
-def per_head_conv1d(u: Tensor, grouped: Tensor) -> Tensor:
-    """[B, T + taps - 1, N*K] and filters [N*K, K, taps] -> [B, T, N*K], each head by its own filters."""
-    y = F.conv1d(u.transpose(1, 2), grouped, groups=u.size(-1) // grouped.size(1))
-    return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
+def per_head_einsum(u: Tensor, grouped: Tensor) -> Tensor:
+    """[B, T + taps - 1, N*K] and filters [N*K, K, taps] -> [B, T, N*K], each head by its own filters: one product over
+    the stacked taps. For the one row of a decoding step a convolution's set-up costs more than its work."""
+    K, taps = grouped.shape[1:]
+    T = u.size(1) - taps + 1
+    seen = torch.stack([u[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
+    return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
 
 
 def one_filter(depthwise: Tensor, grouped: Tensor) -> Tensor:
-    """[N*K, taps] and [N*K, K, taps] -> the filters of both convolutions at once, [N, K out, K in, 2*taps - 1]."""
+    """Both convolutions in turn are one: filters [N*K, taps] and [N*K, K, taps] -> [N, K out, K in, 2*taps - 1], whose
+    tap s is the sum of all products of a tap i of the one and a tap s-i of the other."""
     K, taps = grouped.shape[1:]
     pairs = grouped.unflatten(0, (-1, K)).unsqueeze(-1) * depthwise.unflatten(0, (-1, 1, K)).unsqueeze(-2)
-    skewed = F.pad(pairs, (0, taps)).flatten(-2)[..., :-taps].unflatten(-1, (taps, -1))  # row i moved by i
-    return skewed.sum(-2)
+    return F.pad(pairs, (0, taps)).flatten(-2)[..., :-taps].unflatten(-1, (taps, -1)).sum(-2)  # row i from column i on
 
 
 def shifted_products(x: Tensor, filters: Tensor) -> Tensor:
-    """[B, T, N*K] by filters of all delays, one product, whose parts are shifted and summed"""
-    N, K, _, taps = filters.shape
-    products = torch.einsum("btni,nois->btnso", x.unflatten(-1, (N, K)), filters)
-    total = 0
-    for s in range(taps):
-        delay = taps - 1 - s
-        total = total + F.pad(products[:, :, :, s].flatten(2), (0, 0, delay, -delay))
-    return total
+    """x [B, T, N*K] by `one_filter`, as a GPU wants it: one product with all taps, whose parts are shifted to their
+    tokens and summed, which the compiler fuses with what follows."""
+    y_BTNtK = torch.einsum("btni,nois->btnso", x.unflatten(-1, (len(filters), -1)), filters.to(x.dtype))
+    parts = reversed(y_BTNtK.unbind(3))
+    return sum(F.pad(part.flatten(2), (0, 0, delay, -delay)) for delay, part in enumerate(parts))
 
 
 class MLA(Attention):
