@@ -1,17 +1,18 @@
-"""A CUDA device that is not there: enough of one that torch.compile makes its Triton kernels and that a whole training
-step runs on fake tensors, on a machine without a GPU and with a torch for CPUs. For the tests only (test_fakecuda.py).
+"""A CUDA device that is not there: enough of one that torch.compile writes its kernels for it and a whole training step
+runs on fake tensors, on a machine without a GPU and with a torch for CPUs. For tests only, see test_fakecuda.py.
 
-How: `install` answers what torch, Inductor and Triton ask of a GPU, and shim.cpp, loaded before torch, what autograd
-asks. Fake tensors have shapes, dtypes and devices but no memory. The code that Inductor writes is really run on them,
-but a Triton kernel is recorded where it would be launched, and `Recorder` sees every operator outside of those kernels.
-Proven so: every block is one graph without a break, what its backward needs is there with the right shapes and types;
-how many launches a block and a step are, how many bytes their results have, and where the host waits for the device;
-with `compile_templates` the registers, stack and shared memory of a kernel, by Triton's own assembler.
-Not proven: a number, a time, a peak of memory, or that a kernel can be launched at all. That takes a GPU.
+How: `install` answers what torch, Inductor and Triton ask about a GPU, and shim.cpp, loaded before torch, what autograd
+asks. Fake tensors have shapes, dtypes and devices, but no memory. The code that Inductor writes is really run on them,
+but a Triton kernel is recorded where it would be launched, and a `Recorder` sees every operator around these kernels.
 
-An operator of ATen counts as one launch, though some are more (logsumexp, topk, sort, the embedding's backward, a
-_foreach_ or _fused_ operator over many tensors): these counts are for comparing with a bound, not with a profiler.
-It uses private names of the pinned torch and triton, here and nowhere else.
+It proves: a block is one graph without a break, all that its backward needs is there in the right shapes and dtypes; how
+many launches a block and a step are, how many bytes they write, and where the host would wait for the device; and, by
+Triton's own assembler (`resources`), the registers, stack and shared memory of a kernel.
+It cannot prove any number, time or peak of memory, nor that a kernel can be launched. That takes a GPU.
+
+An operator of ATen counts as one launch, though some are several (topk, sort, the embedding's gradient, a _foreach_ or
+_fused_ operator over many tensors): these counts are for bounds, not for comparing with a profiler's.
+Private names of the pinned torch and triton are used here and nowhere else.
 """
 
 import re
@@ -34,6 +35,8 @@ import torch._inductor.utils
 import triton
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import _load_triton_kernel_from_source
+from torch._inductor.output_code import CompiledFxGraph
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
@@ -55,6 +58,7 @@ class Launch(NamedTuple):
 
     kind: str  # triton, product, or other: any other operator of ATen
     name: str
+    graph: int | None  # which call of a compiled graph it is a part of
     written: int  # bytes of its results
     moved: int  # the same and those of its arguments
 
@@ -73,6 +77,11 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.launches: list[Launch] = []
         self.waits: list[str] = []
+        self.graph: int | None = None
+        self.graphs = 0  # calls so far
+
+    def record(self, kind: str, name: str, written: list, given: Iterable) -> None:
+        self.launches.append(Launch(kind, name, self.graph, size_of(written), size_of(given)))
 
     def __enter__(self):
         Recorder.current = self
@@ -102,7 +111,7 @@ class Recorder(TorchDispatchMode):
         if name in WAIT or (name in COPY and len({t.device.type for t in (*given, *results)}) > 1):
             self.waits.append(name)
         if any(t.is_cuda for t in (*given, *results)) and not func.is_view and name not in NO_LAUNCH:
-            self.launches.append(Launch("product" if name in PRODUCTS else "other", name, size_of(results), size_of((*given, *results))))
+            self.record("product" if name in PRODUCTS else "other", name, results, (*given, *results))
         return result
 
 
@@ -119,10 +128,38 @@ class Kernel:
         self.results += BACKWARD_RESULTS if "arg_DO" in self.arguments else FORWARD_RESULTS
 
     def run(self, *values, stream: int) -> None:
-        if Recorder.current is None:
-            return
         written = [value for argument, value in zip(self.arguments, values) if argument in self.results]
-        Recorder.current.launches.append(Launch("triton", self.name, size_of(written), size_of(values)))
+        if Recorder.current:
+            Recorder.current.record("triton", self.name, written, values)
+
+
+def call_graph(call, graph: CompiledFxGraph, inputs):
+    """A call of a compiled graph, whose launches know that they are a part of it."""
+    recorder = Recorder.current
+    if recorder is None:
+        return call(graph, inputs)
+    recorder.graph = recorder.graphs
+    recorder.graphs += 1
+    results = call(graph, inputs)
+    recorder.graph = None
+    return results
+
+
+def resources(name: str, source: str) -> dict[str, int]:
+    """A kernel, assembled for the installed device -> bytes of shared memory, registers and bytes of stack a thread:
+    what is spilled lies on the stack. The largest of each, if there are several configurations to choose from."""
+    kernel = _load_triton_kernel_from_source(name, source)
+    kernel.precompile(warm_cache_only=True)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    found = []
+    for result in kernel.compile_results:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(result.kernel.asm["cubin"])
+            file.flush()
+            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+        found.append((result.kernel.metadata.shared, int(registers), int(stack)))
+    return {key: max(values) for key, values in zip(("shared", "registers", "stack"), zip(*found))}
 
 
 def install(capability: tuple[int, int]) -> None:
@@ -186,6 +223,8 @@ def change_inductor() -> None:
     for passes in (torch._inductor.fx_passes.joint_graph, torch._inductor.fx_passes.post_grad,
                    torch._inductor.fx_passes.pre_grad):  # fmt: skip
         passes.lazy_init = lambda *_: None  # makes patterns by tracing on tensors of a real GPU
+    call = CompiledFxGraph.__call__
+    CompiledFxGraph.__call__ = lambda graph, inputs: call_graph(call, graph, inputs)
     config = torch._inductor.config
     config.compile_threads = 1
     config.fx_graph_cache = False
