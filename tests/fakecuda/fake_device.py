@@ -5,13 +5,16 @@ How: `install` answers what torch, Inductor and Triton ask about a GPU, and shim
 asks. Fake tensors have shapes, dtypes and devices, but no memory. The code that Inductor writes is really run on them,
 but a Triton kernel is recorded where it would be launched, and a `Recorder` sees every operator around these kernels.
 
-It proves: a block is one graph without a break, all that its backward needs is there in the right shapes and dtypes; how
-many launches a block and a step are, how many bytes they write, and where the host would wait for the device; and, by
-Triton's own assembler (`resources`), the registers, stack and shared memory of a kernel.
+It proves: a block is one graph without a break, all that its backward needs is there in the right shapes and dtypes;
+how many launches a block and a step are, how many bytes they write, and where the host would wait for the device; and,
+by Triton's own assembler (`resources`), the registers, stack and shared memory of a kernel.
 It cannot prove any number, time or peak of memory, nor that a kernel can be launched. That takes a GPU.
 
-An operator of ATen counts as one launch, though some are several (topk, sort, the embedding's gradient, a _foreach_ or
-_fused_ operator over many tensors): these counts are for bounds, not for comparing with a profiler's.
+Inductor's patterns for padded products and for attention are left out, since it traces them on a real GPU. An operator
+of ATen counts as one launch, though some are several (topk, sort, the embedding's gradient, a _foreach_ or _fused_
+operator over many tensors), and one that this torch composes of others for want of a CUDA kernel (the final RMSNorm)
+counts as those. A reduction over long rows moves its input once for each loop over them, whatever a cache would spare.
+So these counts are for bounds, not for comparing with a profiler's.
 Private names of the pinned torch and triton are used here and nowhere else.
 """
 
@@ -28,15 +31,15 @@ import torch._dynamo.device_interface
 import torch._functorch.config
 import torch._inductor.async_compile
 import torch._inductor.fx_passes.joint_graph
-import torch._inductor.fx_passes.post_grad
-import torch._inductor.fx_passes.pre_grad
 import torch._inductor.runtime.triton_heuristics
 import torch._inductor.utils
+import torch.utils._foreach_utils
 import triton
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import _load_triton_kernel_from_source
 from torch._inductor.output_code import CompiledFxGraph
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
@@ -105,7 +108,8 @@ class Recorder(TorchDispatchMode):
             if args[0].dtype == torch.bool:
                 return True
             return 1.0 if args[0].dtype.is_floating_point else 1
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        read = (args, {key: value for key, value in kwargs.items() if key != "out"})
+        given = [t for t in tree_leaves(read) if isinstance(t, Tensor)]
         result = func(*args, **kwargs)
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if name in WAIT or (name in COPY and len({t.device.type for t in (*given, *results)}) > 1):
@@ -122,15 +126,22 @@ class Kernel:
 
     def __init__(self, name: str, source: str):
         self.name = name
-        self.sources[name] = source
+        self.source = self.sources[name] = source
         self.arguments = re.search(rf"def {name}\((.*?)\)", source, re.DOTALL)[1].split(", ")
         self.results = [argument for argument in self.arguments if re.match("(in_)?out_ptr", argument)]
         self.results += BACKWARD_RESULTS if "arg_DO" in self.arguments else FORWARD_RESULTS
 
     def run(self, *values, stream: int) -> None:
-        written = [value for argument, value in zip(self.arguments, values) if argument in self.results]
+        tensors = list(zip(self.arguments, values, strict=False))  # the sizes and the grid follow
+        written = [value for argument, value in tensors if argument in self.results]
         if Recorder.current:
-            Recorder.current.record("triton", self.name, written, values)
+            updated = [value for argument, value in tensors if argument.startswith("in_out_ptr")]  # read and written
+            again = [value for argument, value in tensors for _ in range(self.passes(argument) - 1)]
+            Recorder.current.record("triton", self.name, written, (*values, *updated, *again))
+
+    def passes(self, argument: str) -> int:
+        """How often a reduction over long rows reads an argument: once in each loop over the row."""
+        return max(1, len(re.findall(rf"tl\.load\({argument} \+ .*r0_\d.*r0_mask", self.source)))
 
 
 def call_graph(call, graph: CompiledFxGraph, inputs):
@@ -158,8 +169,9 @@ def resources(name: str, source: str) -> dict[str, int]:
             file.flush()
             text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-        found.append((result.kernel.metadata.shared, int(registers), int(stack)))
-    return {key: max(values) for key, values in zip(("shared", "registers", "stack"), zip(*found))}
+        shared = result.kernel.metadata.shared
+        found.append({"shared": shared, "registers": int(registers), "stack": int(stack)})
+    return {key: max(values[key] for values in found) for key in found[0]}
 
 
 def install(capability: tuple[int, int]) -> None:
@@ -180,7 +192,8 @@ def answer_for_cuda(capability: tuple[int, int]) -> None:
     answers = {
         "is_available": True, "device_count": 1, "current_device": 0, "set_device": None, "synchronize": None,
         "get_device_properties": properties, "get_device_capability": capability, "is_bf16_supported": True,
-        "get_device_name": "none", "_lazy_init": None, "get_rng_state": torch.empty(0), "set_rng_state": None, "is_initialized": True, "memory_allocated": 0,
+        "get_device_name": "none", "_lazy_init": None, "get_rng_state": torch.empty(0), "set_rng_state": None,
+        "is_initialized": True, "memory_allocated": 0,
         "_exchange_device": 0, "_maybe_exchange_device": 0, "current_stream": SimpleNamespace(cuda_stream=0),
     }  # fmt: skip
     interface = torch._dynamo.device_interface.CudaInterface
@@ -220,13 +233,13 @@ def change_inductor() -> None:
     guards.assert_alignment = lambda *_: None  # an address
     torch._inductor.utils.copy_misaligned_inputs = lambda *_: ([], [])
     AsyncCompile.triton = lambda _, name, source, device_str="cuda": Kernel(name, source)
-    for passes in (torch._inductor.fx_passes.joint_graph, torch._inductor.fx_passes.post_grad,
-                   torch._inductor.fx_passes.pre_grad):  # fmt: skip
-        passes.lazy_init = lambda *_: None  # makes patterns by tracing on tensors of a real GPU
+    torch._inductor.fx_passes.joint_graph.lazy_init = lambda *_: None  # its patterns are traced on a real GPU
     call = CompiledFxGraph.__call__
     CompiledFxGraph.__call__ = lambda graph, inputs: call_graph(call, graph, inputs)
     config = torch._inductor.config
     config.compile_threads = 1
+    config.use_static_triton_launcher = False  # it drops the assembled kernels
     config.fx_graph_cache = False
     config.joint_graph_constant_folding = False
+    torch.utils._foreach_utils._foreach_supported_types.append(FakeTensor)
     torch._functorch.config.enable_autograd_cache = False
