@@ -366,7 +366,8 @@ def convolve_at_once(x: Tensor, depthwise: Tensor, grouped: Tensor) -> Tensor:
     filters = F.pad(pairs, (0, taps)).flatten(-2)[..., :-taps].unflatten(-1, (taps, -1)).sum(-2)  # row i moved by i
     parts = torch.einsum("btni,nois->btnso", x.unflatten(-1, (-1, K)), filters.to(x.dtype))
     last = 2 * taps - 2
-    return sum(F.pad(parts[:, :, :, last - i].flatten(2), (0, 0, i, -i)) for i in range(last + 1))
+    T = x.size(1)
+    return sum(F.pad(parts[:, :, :, last - i].flatten(2), (0, 0, i, 0))[:, :T] for i in range(last + 1))
 
 
 class MLA(Attention):

@@ -127,7 +127,8 @@ class SwiGLU(nn.Module):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product with x is computed in: autocast's dtype where that is on, else x's own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def loss_chunk(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_x_ND: Tensor | None,
