@@ -32,7 +32,7 @@ class Context(NamedTuple):
     """What all layers of one forward share: made once by `Hydra.context`."""
 
     pos: Tensor  # int64 [T], or [B, T] where rows hold different tokens: the true positions
-    rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> [cos cos], [-sin sin], fp32 [(B,) T, 1, width]
+    rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> [cos cos], [-sin sin], [(B,) T, 1, width]
     masks: dict[tuple[int, int], BlockMask]  # (tokens, window) -> mask; empty where FlexAttention is not used
     recompute: bool = False  # training: the blocks are computed again in the backward
     # only with a state, whose rows may hold texts of different lengths, or behind a router in evaluation:
@@ -47,14 +47,15 @@ class Context(NamedTuple):
 LayerState = dict[str, Tensor]  # what one layer keeps of the past, by name: see `Attention.new_state`
 
 
-def make_context(pos: Tensor, widths: set[int], theta: float, masks: set[tuple[int, int]] = frozenset()) -> Context:
-    """Rotation tables at positions `pos` for every width, and a BlockMask for every (tokens, window) of `masks`
-    (window 0 = full causal)."""
+def make_context(pos: Tensor, widths: set[int], theta: float, masks: set[tuple[int, int]] = frozenset(),
+                 dtype: torch.dtype = torch.float32) -> Context:  # fmt: skip
+    """Rotation tables at positions `pos` for every width, in the dtype of the layers' products, and a BlockMask for
+    every (tokens, window) of `masks` (window 0 = full causal)."""
     rope = {}
     for width in sorted(widths):
         freq = theta ** (-torch.arange(0, width, 2, device=pos.device, dtype=torch.float32) / width)
         angle = pos[..., None, None].float() * freq
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         rope[width] = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     return Context(pos, rope, {shape: causal_block_mask(*shape, pos.device) for shape in sorted(masks)})
 
@@ -112,8 +113,7 @@ def sdpa_window(q: Tensor, k: Tensor, v: Tensor, window: int, gqa: bool) -> Tens
         i = torch.arange(start, stop, device=q.device)[:, None]
         j = torch.arange(first, stop, device=q.device)
         seen = (j <= i) & (j > i - window)
-        seen_k, seen_v = k[:, :, first:stop], v[:, :, first:stop]
-        rows_q = q[:, :, start:stop]
+        rows_q, seen_k, seen_v = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
         chunks.append(F.scaled_dot_product_attention(rows_q, seen_k, seen_v, attn_mask=seen, enable_gqa=gqa))
     return torch.cat(chunks, dim=2)
 
@@ -322,12 +322,12 @@ class CCQA(Attention):
             v = torch.cat((now, shifted), dim=-1)
         mixed = qk
         if self.conv_kernel:
-            mixed = self.convolve(with_past(qk, self.reach, "qk_tail", ctx, state))
+            mixed = self.convolve(qk, ctx, state)
         mixed_BTNK = mixed.unflatten(-1, (H + G, -1))
         if self.qk_gain:
             mixed_BTNK = mixed_BTNK + self.couple(qk.unflatten(-1, (H + G, -1)))
         # post-mix norm: without a gain this is the paper's L2 norm times sqrt(K), so a logit is at most sqrt(K) * temp
-        mixed_BTNK = F.rms_norm(mixed_BTNK, (self.head_width,), eps=self.eps)
+        mixed_BTNK = F.rms_norm(mixed_BTNK, (self.head_width,), eps=self.eps).to(qk.dtype)  # autocast norms in fp32
         q_BTHK, k_BTGK = apply_rope(mixed_BTNK, ctx.rope[self.rope_width]).split((H, G), dim=2)
         k_BTGK = k_BTGK * self.k_temperature.to(k_BTGK.dtype)[:, None]
         y = attend(q_BTHK, k_BTGK, v.unflatten(-1, (G, -1)), ctx, requested=self.requested, state=state)
@@ -339,33 +339,35 @@ class CCQA(Attention):
         mean_BTGhK = self.qk_gain * (q_BTHK.unflatten(2, (self.n_kv_head, -1)) + k_BTGK.unsqueeze(3))
         return torch.cat((mean_BTGhK.flatten(2, 3), mean_BTGhK.mean(3)), dim=2)
 
-    def convolve(self, u: Tensor) -> Tensor:
-        """Depthwise, then per-head convolution over time, [B, reach + T, H*K + G*K] -> [B, T, the same]: the first
-        `reach` = 2*(conv_kernel-1) rows are the past (zeros before the first token), so both are causal."""
-        taps = self.conv_kernel
+    def convolve(self, qk: Tensor, ctx: Context, state: LayerState | None) -> Tensor:
+        """Depthwise, then per-head convolution over time of [B, T, H*K + G*K], both causal, zeros before a text."""
+        if qk.is_cuda and state is None:
+            return convolve_at_once(qk, self.conv_depthwise, self.conv_grouped)
+        u = with_past(qk, self.reach, "qk_tail", ctx, state)
+        taps, K = self.conv_kernel, self.head_width
         T = u.size(1) - taps + 1
         depthwise, grouped = self.conv_depthwise.to(u.dtype), self.conv_grouped.to(u.dtype)
         mixed = u[:, :T] * depthwise[:, 0]
         for i in range(1, taps):
             mixed = mixed + u[:, i : i + T] * depthwise[:, i]
-        if mixed.is_cuda or T == taps:
-            return per_head_einsum(mixed, grouped)
-        return per_head_conv1d(mixed, grouped)
+        if T == taps:  # one token: a convolution's set-up would cost more than its work
+            seen = torch.stack(mixed.split(1, dim=1), dim=-1).unflatten(2, (-1, K))
+            return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
+        y = F.conv1d(mixed.transpose(1, 2), grouped, groups=self.n_head + self.n_kv_head)
+        return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
 
 
-def per_head_conv1d(u: Tensor, grouped: Tensor) -> Tensor:
-    """[B, T + taps - 1, N*K] and filters [N*K, K, taps] -> [B, T, N*K], each head by its own filters."""
-    y = F.conv1d(u.transpose(1, 2), grouped, groups=u.size(-1) // grouped.size(1))
-    return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
-
-
-def per_head_einsum(u: Tensor, grouped: Tensor) -> Tensor:
-    """The same as one product over the stacked taps: a GPU's compiler fuses it with its neighbours, and for the one row
-    of a decoding step a convolution's set-up costs more than its work."""
+def convolve_at_once(x: Tensor, depthwise: Tensor, grouped: Tensor) -> Tensor:
+    """Both convolutions of texts [B, T, N*K] as a GPU wants them: in turn they are one filter, whose tap s sums what
+    tap i of `grouped` does to tap s-i of `depthwise`. One product makes the parts of all taps; the kernel that follows
+    moves them to their tokens. (They are sliced, not unbound: the gradient of an unbind is a kernel for each.)"""
     K, taps = grouped.shape[1:]
-    T = u.size(1) - taps + 1
-    seen = torch.stack([u[:, i : i + T].unflatten(-1, (-1, K)) for i in range(taps)], dim=-1)
-    return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
+    pairs = grouped.unflatten(0, (-1, K)).unsqueeze(-1) * depthwise.unflatten(0, (-1, 1, K)).unsqueeze(-2)
+    filters = F.pad(pairs, (0, taps)).flatten(-2)[..., :-taps].unflatten(-1, (taps, -1)).sum(-2)  # row i moved by i
+    parts = torch.einsum("btni,nois->btnso", x.unflatten(-1, (-1, K)), filters.to(x.dtype))
+    last = 2 * taps - 2
+    T = x.size(1)
+    return sum(F.pad(parts[:, :, :, last - i].flatten(2), (0, 0, i, 0))[:, :T] for i in range(last + 1))
 
 
 class MLA(Attention):
@@ -407,7 +409,9 @@ class MLA(Attention):
         latent = self.latent_norm(self.down(x_BTD))
         if ctx.decoding:
             return self.out(self.norm(self.absorbed(latent, ctx, state)))
-        q, k_rope, k_nope, v = self.up(latent).split((R, self.rope_width, R // 2, R), dim=-1)
+        up = self.up(latent)
+        q, _, k_nope, v = up.split((R, self.rope_width, R // 2, R), dim=-1)
+        k_rope = up[..., R : R + self.rope_width]  # on its own: a GPU makes the gradient of `up` in one kernel
         q_nope, q_rope = q.unflatten(-1, (H, -1)).chunk(2, dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), table)
         if state is not None:

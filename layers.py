@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 IGNORE = -1  # targets that the loss skips
 # A loss makes at most this many logits at a time, and returns them only if that is all of them (128 MiB in fp32).
@@ -96,16 +95,17 @@ class GatedDown(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        silu = F.silu(gate)
         grad_product = grad @ weight
+        if torch.compiler.is_compiling():  # as the forward writes the product, a compiler would keep it after all
+            sigmoid = gate.sigmoid()
+            grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
+            made = torch.cat((grad_gate, grad_product * gate * sigmoid, up * gate * sigmoid), dim=-1)  # in one kernel
+            grad_gate_up, product = made.split((gate_up.size(-1), gate.size(-1)), dim=-1)
+            return grad_gate_up, grad.flatten(0, -2).t() @ product.flatten(0, -2)
+        silu = F.silu(gate)
         grad_weight = grad.flatten(0, -2).t() @ (silu * up).flatten(0, -2)
         grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
         return torch.cat((grad_gate, grad_product * silu), dim=-1), grad_weight
-
-
-def gated_down(gate_up: Tensor, weight: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, weight)
 
 
 class SwiGLU(nn.Module):
@@ -118,8 +118,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        if gate_up.requires_grad and torch.compiler.is_compiling():  # a compiler would keep GatedDown's product again
-            return checkpoint(gated_down, gate_up, self.down.weight, use_reentrant=False, preserve_rng_state=False)
         if gate_up.requires_grad:
             return GatedDown.apply(gate_up, self.down.weight.to(gate_up.dtype))
         gate, up = gate_up.chunk(2, dim=-1)
@@ -129,7 +127,8 @@ class SwiGLU(nn.Module):
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product with x is computed in: autocast's dtype where that is on, else x's own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def loss_chunk(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_x_ND: Tensor | None,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attention import KINDS, Context, LayerState, make_context
 from configurator import UserError, need
-from layers import RMSNorm, SwiGLU, cross_entropy, linear, loss_chunk
+from layers import RMSNorm, SwiGLU, compute_dtype, cross_entropy, linear, loss_chunk
 from machine import choose_backend, compile_blocks
 from routing import AUX_RECURSIONS, Record, Routed, Router, is_routed, layer_tokens, recurse, statistics
 
@@ -182,7 +182,7 @@ class Hydra(nn.Module):
             blocks = [*self.blocks] * self.config.mor_recursions
             tokens = layer_tokens(self.config, T) if self.training else [T] * len(blocks)
             masks = {(n, block.attn.window) for n, block in zip(tokens, blocks, strict=True)}
-        ctx = make_context(pos, self.rope_widths, self.config.rope_theta, masks)
+        ctx = make_context(pos, self.rope_widths, self.config.rope_theta, masks, compute_dtype(self.embed.weight))
         return ctx._replace(lengths=lengths, decoding=decoding, visible=visible, uniform=uniform, static=static,
                             recompute=self.recompute)  # fmt: skip
 

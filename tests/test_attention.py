@@ -375,11 +375,31 @@ def test_the_interface_leaves_nothing_out_silently():
         bare(torch.zeros(1, 1, 4), make_context(torch.arange(1), {4}, 1e4))
 
 
+@pytest.mark.parametrize("T", [1, 2, 11])
 @pytest.mark.parametrize("taps", [1, 2, 3])
-def test_the_gpu_form_of_the_per_head_convolution(taps):
-    u, filters = torch.randn(2, 9 + taps - 1, 24), torch.randn(24, 8, taps)
-    torch.testing.assert_close(attention.per_head_einsum(u, filters), attention.per_head_conv1d(u, filters),
-                               rtol=1e-5, atol=1e-5)  # fmt: skip
+def test_the_gpu_form_of_the_convolutions(taps, T):
+    """One product for both of them, against one after the other, with all gradients, for shorter texts too."""
+    layer, _, ctx, _ = build("C", conv_kernel=taps)
+    filters = layer.conv_depthwise, layer.conv_grouped
+    x = torch.randn(2, T, layer.latent + layer.kappa, dtype=torch.float64, requires_grad=True)
+    expected = layer.convolve(x, ctx, None)
+    got = attention.convolve_at_once(x, *filters)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn_like(got)
+    pairs = zip(*(torch.autograd.grad(y, (x, *filters), grad) for y in (got, expected)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_rotation_tables_have_the_dtype_of_the_products():
+    net = Hydra(HydraConfig(**SHAPE | {"pattern": "MCL", "n_layer": 3}))
+    plain = net.context(torch.arange(9)).rope
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = net.context(torch.arange(9)).rope
+    for width, tables in plain.items():
+        for table, rounded in zip(tables, cast[width], strict=True):
+            assert table.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+            assert torch.equal(table.to(torch.bfloat16), rounded)  # as apply_rope would round them
 
 
 def test_no_argument_switches_causality_off():
