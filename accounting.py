@@ -1,6 +1,7 @@
 """What a model costs, counted from its own modules on the meta device, where nothing is allocated: parameters, FLOPs,
 bytes of a decoding state; and the memory of a training step, counted by running it on tensors without numbers. The
-tests hold it against closed formulas of the shapes, and against measured peaks. A product with a matrix costs two FLOPs a number of it; norms, rotations and softmax are left out.
+tests hold it against closed formulas of the shapes, and against measured peaks.
+A product with a matrix costs two FLOPs a number of it; norms, rotations and softmax are left out.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import Attention
-from machine import compile_blocks, free_memory, total_memory
+from machine import choose_compile, choose_device, choose_dtype, compile_blocks, free_memory, total_memory
 from model import Hydra, HydraConfig
 from routing import layer_tokens, recursion_tokens
 
@@ -142,7 +143,8 @@ class Ledger(TorchDispatchMode):
         return found
 
 
-def fused_chunk(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_x_ND: Tensor, grad_weight_VD: Tensor) -> Tensor:
+def fused_chunk(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_x_ND: Tensor,
+                grad_weight_VD: Tensor) -> Tensor:  # fmt: skip
     """What `layers.loss_chunk` compiled writes: logits and their gradient, in the dtype of the products."""
     logits = x_ND @ weight_VD.t()
     grad = torch.empty_like(logits)
@@ -179,8 +181,9 @@ def step_history(config: HydraConfig, B: int, T: int, dtype: torch.dtype, compil
     return ledger.history
 
 
-def memory_plan(config: HydraConfig, batch: int, T: int, dtype: torch.dtype, compiled: str = "", recompute: bool = False,
-                devices: int = 1, parallel: str = "ddp", forwards: int = 1) -> dict[str, int]:  # fmt: skip
+def memory_plan(config: HydraConfig, batch: int, T: int, dtype: torch.dtype, compiled: str = "",
+                recompute: bool = False, devices: int = 1, parallel: str = "ddp",
+                forwards: int = 1) -> dict[str, int]:  # fmt: skip
     """Bytes of each of PARTS at the peak of a training step on each of `devices`, which share `batch` texts:
     - parameters, gradients (those alive at the peak; in DDP's buckets always) and AdamW's moments, fp32: fsdp shards
       them;
@@ -208,24 +211,33 @@ def memory_plan(config: HydraConfig, batch: int, T: int, dtype: torch.dtype, com
     return max(moments, key=lambda live: sum(live.values()))
 
 
-def plan_lines(config: HydraConfig, batch: int, forwards: int, dtype: torch.dtype, compiled: str, recompute: bool,
-               device: torch.device) -> Iterator[str]:  # fmt: skip
-    """`memory_plan` for 1, 2, 4 .. devices, as many as divide the batch, in GB, and which of it `device` has room for."""
-    free, total = free_memory(device) / 1e9, total_memory(device) / 1e9
+def plan_lines(config: HydraConfig, run, flops: float) -> Iterator[str]:
+    """`memory_plan` of a run (a TrainConfig) of `flops` FLOPs on 1, 2, 4 .. devices, as many as divide its batch, and
+    which of it this machine's device has room for. --device=cuda plans for a GPU where there is none, too."""
+    absent = run.device == "cuda" and not torch.cuda.is_available()
+    device = torch.device("cuda") if absent else choose_device(run.device)
+    dtype = torch.bfloat16
+    if run.dtype != "auto" or not absent:
+        dtype, _ = choose_dtype(run.dtype, device, config.dim)
+    compiled = device.type if choose_compile(run.compile, device, flops)[0] else ""
+    free = math.nan if absent else free_memory(device)
     T = config.block_size
     how = f"compiled for {compiled}" if compiled else "eager"
-    yield f"memory of a device at the peak of a training step, in GB: {batch} texts of {T} tokens in a forward, {how}"
+    yield f"Memory of each device at the peak of a training step, in GB: {run.batch_size} texts of {T} tokens in a forward,"
+    yield f"{dtype}, {how}, recompute={run.recompute}; an allocator's gaps come on top"
     yield " ".join(f"{name:>11}" for name in ("devices", "parallel", *PARTS, "total", "fits"))
     devices = 1
-    while batch % devices == 0:
-        for parallel in ("ddp", "fsdp") if devices > 1 else ("-",):
-            plan = memory_plan(config, batch, T, dtype, compiled, recompute, devices, parallel, forwards)
-            sizes = [plan[name] / 1e9 for name in PARTS]
-            fits = "yes" if sum(sizes) < free else "no"
-            row = [str(devices), parallel, *(f"{size:.3f}" for size in (*sizes, sum(sizes))), fits]
-            yield " ".join(f"{cell:>11}" for cell in row)
+    while run.batch_size % devices == 0:
+        for parallel in ("ddp", "fsdp") if devices > 1 else ("none",):
+            plan = memory_plan(config, run.batch_size, T, dtype, compiled, run.recompute == "block", devices, parallel,
+                               run.gradient_accumulation_steps)  # fmt: skip
+            total = sum(plan.values())
+            fits = "not known" if absent else "yes" if total < free else "no"
+            cells = [devices, parallel, *(f"{size / 1e9:.3f}" for size in (*plan.values(), total)), fits]
+            yield " ".join(f"{cell:>11}" for cell in cells)
         devices *= 2
-    yield f"{device} has {total:.1f} GB, {free:.1f} GB of them free now; an allocator's gaps come on top of the total"
+    if not absent:
+        yield f"{device} has {total_memory(device) / 1e9:.1f} GB, {free / 1e9:.1f} GB of them free now"
 
 
 def step_bytes(config: HydraConfig, B: int, T: int, copies: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import runs
-from accounting import count_params, flops_per_token
+from accounting import count_params, flops_per_token, plan_lines
 from attention import KINDS, letters_help
 from configurator import build, cli, need, parse, to_toml
 from data import eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
@@ -64,13 +64,15 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32 or bfloat16 (autocast over fp32 weights)
     recompute: str = "none"  # block: keep the blocks' inputs alone and run blocks again in the backward; or none
     compile: str = "auto"  # torch.compile of the blocks: auto, on or off
+    plan: bool = False  # print the memory that a step takes on 1, 2, 4 .. devices, and do nothing else
+    profile: int = 0  # steps to profile, behind three others, into the run's folder
     seed: int = 1337  # of the weights, the batches and the samples
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "final_eval_iters",
-                     "sample_tokens", "seed", "learning_rate"):  # fmt: skip
+                     "sample_tokens", "seed", "learning_rate", "profile"):  # fmt: skip
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
         need(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "choose a value from 0 to 1")
         for name in ("beta1", "beta2"):
@@ -166,7 +168,7 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
     if not where.resume:
         return *build(given, *kinds), None, []
     checkpoint, notes = runs.resumable(Path(where.out_dir), given, *kinds)
-    stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir}
+    stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir, "profile": 0}
     config, run = build(given | {"resume": False}, *kinds, base=stored)
     return config, run, checkpoint, notes
 
@@ -178,6 +180,10 @@ def main(argv: list[str]) -> int:
     # ---- machine
     tokens_per_step = run.batch_size * run.gradient_accumulation_steps * config.block_size
     flops_per_step = 3 * flops_per_token(config, config.block_size) * tokens_per_step
+    if run.plan:
+        for line in plan_lines(config, run, run.max_iters * flops_per_step):
+            print(line, flush=True)
+        return 0
     machine = choose_machine(run.device, run.dtype, run.compile, config.dim, run.max_iters * flops_per_step)
 
     # ---- data
@@ -232,12 +238,15 @@ def main(argv: list[str]) -> int:
     stop = runs.stop_on_signals()
     began = time.perf_counter()
     steps: list[Step] = []  # that are not read yet
+    profile = runs.Profile(run.profile, out, machine.device)
     while True:
         step = progress.step
         final = step >= run.max_iters
         due = final or step % run.eval_interval == 0
         if steps and (due or stop):
             runs.settle(steps, run.grad_clip, progress, log)
+        if final or stop or progress.streak >= MAX_BAD:
+            profile.finish()
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
         if progress.streak >= MAX_BAD:
             message = f"{progress.streak} steps in a row were not finite"
@@ -274,6 +283,7 @@ def main(argv: list[str]) -> int:
             start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, run)
+        profile.step()
         steps.append(train_step(model, optimizer, batches(step), run.grad_clip, machine.autocast()))
         progress.step += 1
         if step > 0 and progress.step % run.log_interval > 0:
