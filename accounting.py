@@ -86,6 +86,17 @@ def state_bytes(config: HydraConfig, T: int, itemsize: int = 2, allocated: bool 
 PARTS = ("parameters", "gradients", "optimiser", "copies", "activations", "loss", "backward", "gathered")
 
 
+def hidden(func: torch._ops.OpOverload, given: list[Tensor]) -> list[Tensor]:
+    """What a kernel of a CPU allocates besides its result, where that is as large: logsumexp makes exp(x - max) as a
+    whole, and an operand of another dtype is cast as a whole."""
+    if func is torch.ops.aten.logsumexp.default:
+        return [torch.empty_like(given[0])]
+    if torch.Tag.pointwise not in func.tags:
+        return []
+    common = functools.reduce(torch.promote_types, [t.dtype for t in given])
+    return [torch.empty_like(t, dtype=common) for t in given if t.dtype != common]
+
+
 class Ledger(TorchDispatchMode):
     """Bytes of the storages that are alive, by part: those made from now on belong to `part` until they are freed."""
 
@@ -98,6 +109,7 @@ class Ledger(TorchDispatchMode):
         for p in model.parameters():
             self.add(p)
             p.register_post_accumulate_grad_hook(lambda p: self.add(p.grad, "gradients"))
+        self.history.clear()
         model.norm.register_forward_pre_hook(lambda *_: self.begin("loss"))  # what follows the trunk
 
     @classmethod
@@ -130,8 +142,9 @@ class Ledger(TorchDispatchMode):
             self.held[key] = part, size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.logsumexp.default:  # its kernel makes exp(x - max) as a whole
-            self.add(torch.empty_like(args[0]))
+        inside = hidden(func, [t for t in args if isinstance(t, Tensor)])
+        for t in inside:
+            self.add(t)
         found = func(*args, **(kwargs or {}))
         cast = False  # of a weight, by autocast
         if args and isinstance(args[0], Tensor) and isinstance(found, Tensor):
@@ -176,7 +189,6 @@ def step_history(config: HydraConfig, B: int, T: int, dtype: torch.dtype, compil
                     output = model(*batch)
                 ledger.begin("backward")
                 output.loss.backward()
-                del output
             ledger.begin("")
     return ledger.history
 
@@ -223,7 +235,7 @@ def plan_lines(config: HydraConfig, run, flops: float) -> Iterator[str]:
     free = math.nan if absent else free_memory(device)
     T = config.block_size
     how = f"compiled for {compiled}" if compiled else "eager"
-    yield f"Memory of each device at the peak of a training step, in GB: {run.batch_size} texts of {T} tokens in a forward,"
+    yield f"Memory of each device at the peak of a training step, in GB: {run.batch_size} texts of {T} tokens a forward,"
     yield f"{dtype}, {how}, recompute={run.recompute}; an allocator's gaps come on top"
     yield " ".join(f"{name:>11}" for name in ("devices", "parallel", *PARTS, "total", "fits"))
     devices = 1

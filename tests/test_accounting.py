@@ -243,9 +243,8 @@ def allocated_peak(config: HydraConfig, B: int, T: int, mixed: bool, recompute: 
     with torch.profiler.profile(profile_memory=True) as profiler:
         for _ in range(forwards):
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                loss = net(idx, idx).loss
-            loss.backward()
-            del loss
+                output = net(idx, idx)
+            output.loss.backward()
     events = [it for it in profiler.profiler.kineto_results.events() if it.name() == "[memory]"]
     sizes = [it.nbytes() for it in sorted(events, key=lambda it: it.start_ns())]
     return max(accumulate(sizes))
@@ -270,8 +269,8 @@ def test_a_plan_is_what_torch_allocates(pattern, changes, how):
     counted = max(sum(live.values()) for live in history) - weights
     assert counted == pytest.approx(allocated_peak(config, 3, 64, **how), rel=0.01)
     assert history[0]["parameters"] == history[-1]["parameters"] == weights == history[-1]["gradients"]
-    assert history[-1]["activations"] + history[-1]["backward"] < 2**14 < history[len(history) // 2]["activations"]
-    assert history[-1]["copies"] == 0
+    kept = max(live["activations"] for live in history)
+    assert history[-1]["copies"] == 0 and history[-1]["activations"] + history[-1]["backward"] < 2**14 < kept
 
 
 @pytest.mark.parametrize("pattern, changes", [(ALL, {}), ("MC", {"mod_capacity": 0.5, "mor_recursions": 2})], ids=str)
@@ -335,7 +334,7 @@ MEASURED = [  # of different kinds: the default run, few wide layers, two router
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a peak is read from Linux's /proc")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("config, B, T, mixed", MEASURED, ids=range(len(MEASURED)))
 def test_a_plan_is_what_a_process_takes(config, B, T, mixed, compiled):
