@@ -162,7 +162,7 @@ def fused_chunk(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_x_ND: T
     logits = x_ND @ weight_VD.t()
     grad = torch.empty_like(logits)
     grad_x_ND.copy_(grad @ weight_VD)
-    grad_weight_VD += grad.t() @ x_ND
+    grad_weight_VD.copy_(grad.t() @ x_ND)
     return targets_N.float()
 
 
@@ -235,8 +235,8 @@ def plan_lines(config: HydraConfig, run, flops: float) -> Iterator[str]:
     free = math.nan if absent else free_memory(device)
     T = config.block_size
     how = f"compiled for {compiled}" if compiled else "eager"
-    yield f"Memory of each device at the peak of a training step, in GB: {run.batch_size} texts of {T} tokens a forward,"
-    yield f"{dtype}, {how}, recompute={run.recompute}; an allocator's gaps come on top"
+    yield "Memory of each device at the peak of a training step, in GB; an allocator's gaps come on top. In a forward"
+    yield f"{run.batch_size} texts of {T} tokens, {dtype}, {how}, recompute={run.recompute}"
     yield " ".join(f"{name:>11}" for name in ("devices", "parallel", *PARTS, "total", "fits"))
     devices = 1
     while run.batch_size % devices == 0:
