@@ -198,24 +198,27 @@ def memory_plan(config: HydraConfig, batch: int, T: int, dtype: torch.dtype, com
                 forwards: int = 1) -> dict[str, int]:  # fmt: skip
     """Bytes of each of PARTS at the peak of a training step on each of `devices`, which share `batch` texts:
     - parameters, gradients (those alive at the peak; in DDP's buckets always) and AdamW's moments, fp32: fsdp shards
-      them;
+      them, except for gradients that several forwards add up, which are whole until the last one;
     - copies of the weights in bf16; activations that wait for the backward; logits and buffers of the loss; working
       memory of the backward;
-    - gathered, with fsdp alone: the weights of the root and of two blocks (one in use, one on its way) in `dtype`
-      instead of the copies, and a block's whole gradient in `dtype` and fp32.
+    - gathered, with fsdp alone, instead of the copies: the root's weights in fp32 and `dtype`, those of two blocks (one
+      in use, one on its way) in `dtype`, a block's whole gradient in `dtype` and fp32; by FSDP2's rules, not measured.
     An allocator's gaps, a library's work space and the device's context come on top."""
     history = step_history(config, batch // devices, T, dtype, compiled, recompute, min(2, forwards))
     model = skeleton(config)
     weights = 4 * count_params(model)
     blocks = [count_params(block) for block in model.blocks]
     shards = devices > 1 and parallel == "fsdp"
-    gathered = (count_params(model) - sum(blocks) + 2 * max(blocks)) * dtype.itemsize
-    gathered += max(blocks) * (dtype.itemsize + 4)
+    root = count_params(model) - sum(blocks)
+    gathered = 4 * root + max(blocks) * (3 * dtype.itemsize + 4)
+    if dtype != torch.float32:
+        gathered += root * dtype.itemsize
     moments = []
     for live in history:
         live = live | {"optimiser": 2 * weights}
         if shards:
-            own = {name: math.ceil(live[name] / devices) for name in ("parameters", "gradients", "optimiser")}
+            sharded = ("parameters", "optimiser") if forwards > 1 else ("parameters", "gradients", "optimiser")
+            own = {name: math.ceil(live[name] / devices) for name in sharded}
             live |= own | {"copies": 0, "gathered": gathered}
         elif devices > 1:
             live["gradients"] = weights

@@ -289,6 +289,8 @@ def test_devices_share_the_batch_and_with_fsdp_the_weights(pattern, changes, dty
         assert sum(alone.values()) <= sum(ddp.values()) <= sum(alone.values()) + weights
         assert (fsdp["parameters"], fsdp["optimiser"]) == (weights / devices, 2 * weights / devices)
         assert fsdp["gradients"] <= weights / devices and fsdp["copies"] == ddp["gathered"] == 0 < fsdp["gathered"]
+        added = accounting.memory_plan(config, 8, 64, dtype, devices=devices, parallel="fsdp", forwards=2)
+        assert weights / devices < added["gradients"] <= weights  # FSDP2 adds up whole ones where it does not reduce
     assert (one["copies"] > 0) == (dtype == torch.bfloat16)
 
 
