@@ -149,11 +149,11 @@ class Prefetch:
         return batches
 
 
-def compile_blocks(blocks: Iterable[nn.Module], graphs: int = 64) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], graphs: int = 64, backend: str = "inductor") -> None:
     """torch.compile in place, module by module. `graphs`: letters x shapes x modes, since all share Block.forward."""
     torch._dynamo.config.recompile_limit = graphs
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=False)
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 def flex_problem(device: str, width: int, compiled: bool, grad: bool) -> str:
@@ -337,6 +337,13 @@ def free_memory(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         return 1024 * int(meminfo.read_text().partition("MemAvailable:")[2].split()[0])
+    return total_memory(device)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of all of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -23,10 +23,12 @@ import torch
 from torch import nn
 
 from configurator import UserError
+from machine import sync
 from parallel import Ranks, contents, gathered, placed, read_shards, write_shards
 
-FILES = ("last.pt", "best.pt", "log.jsonl", "config.toml")
+FILES = ("last.pt", "best.pt", "log.jsonl", "config.toml", "trace.json", "memory.pickle")  # the last two: profiles
 PARTS = ("model_config", "train_config", "fingerprint", "tokenizer", "step", "best")  # of a checkpoint
+WARM_UP = 3  # steps before a profile begins
 
 
 @dataclass
@@ -39,6 +41,10 @@ class Progress:
     streak: int = 0  # of them in a row
     clipped: int = 0  # updates whose gradient was clipped, since the last log line
     counted: int = 0  # updates since the last log line
+
+    @classmethod
+    def of(cls, checkpoint: dict) -> "Progress":
+        return cls(**{field.name: checkpoint[field.name] for field in fields(cls)})
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -292,6 +298,54 @@ def settle(steps: list[NamedTuple], grad_clip: float, progress: Progress, log: R
     routing = dict(zip(routing, numbers[len(steps) * width :], strict=True))
     steps.clear()
     return {"loss": loss, "grad_norm": grad_norm}, routing
+
+
+class Profile:
+    """What `steps` training steps spend their time on, behind some of warm-up: a chrome trace (trace.json, for
+    ui.perfetto.dev), on CUDA the allocations too (memory.pickle, for pytorch.org/memory_viz), in the run's folder; and
+    a table of the ten operations that take most. Of 0 steps: nothing."""
+
+    def __init__(self, steps: int, out: Path, device: torch.device):
+        self.left, self.warm_up = steps, WARM_UP
+        self.out, self.device = out, device
+        self.profiler: torch.profiler.profile | None = None
+        self.taken = 0
+
+    def step(self) -> None:
+        """Before a training step."""
+        if self.left and self.warm_up:
+            self.warm_up -= 1
+        elif self.left:
+            if self.profiler is None:
+                sync(self.device)
+                if self.device.type == "cuda":
+                    torch.cuda.memory._record_memory_history(max_entries=10**6)
+                self.profiler = torch.profiler.profile()  # of the CPU and of what else there is
+                self.profiler.start()
+            self.left -= 1
+            self.taken += 1
+        elif self.profiler:
+            self.finish()
+
+    def finish(self) -> None:
+        """Behind the last step, of the profile or of the run: write and print what there is."""
+        profiler, self.profiler, self.left = self.profiler, None, 0
+        if profiler is None:
+            return
+        sync(self.device)
+        profiler.stop()
+        write_atomically(self.out / "trace.json", lambda path: profiler.export_chrome_trace(str(path)))
+        if self.device.type == "cuda":
+            write_atomically(self.out / "memory.pickle", lambda path: torch.cuda.memory._dump_snapshot(str(path)))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        kind = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        found = sorted(profiler.key_averages(), key=lambda it: getattr(it, kind), reverse=True)
+        total = sum(getattr(it, kind) for it in found)
+        print(f"{self.taken} steps profiled, see {self.out / 'trace.json'}; what took most time of its own on "
+              f"{self.device}, a step:")  # fmt: skip
+        for it in found[:10]:
+            own, calls = getattr(it, kind), it.count / self.taken
+            print(f"{own / total:7.1%} {own / self.taken / 1e3:10.2f} ms {calls:8.0f} calls  {it.key}", flush=True)
 
 
 def check_text(checkpoint: dict, ids: dict[str, str], out: Path, data: str) -> None:

@@ -13,6 +13,7 @@ Left out: float16 and its loss scaling, other optimisers.
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import runs
-from accounting import count_params, flops_per_token
+from accounting import count_params, flops_per_token, plan_lines
 from attention import KINDS, letters_help
 from configurator import build, cli, need, parse, to_toml
-from data import eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
+from data import Batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from generate import continue_text
 from layers import IGNORE
 from machine import DTYPES, Prefetch, choose_machine, peak_memory
@@ -66,13 +67,15 @@ class TrainConfig:
     recompute: str = "none"  # block: keep the blocks' inputs alone and run blocks again in the backward; or none
     compile: str = "auto"  # torch.compile of the blocks: auto, on or off
     parallel: str = "auto"  # several processes (torchrun): ddp, fsdp (parameters in parts), auto = ddp
+    plan: bool = False  # print the memory that a step takes on 1, 2, 4 .. devices, and do nothing else
+    profile: int = 0  # steps to profile, behind three others, into the run's folder
     seed: int = 1337  # of the weights, the batches and the samples
 
     def __post_init__(self):
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "final_eval_iters",
-                     "sample_tokens", "seed", "learning_rate"):  # fmt: skip
+                     "sample_tokens", "seed", "learning_rate", "profile"):  # fmt: skip
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
         need(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "choose a value from 0 to 1")
         for name in ("beta1", "beta2"):
@@ -166,10 +169,11 @@ def evaluate(model: Hydra, tokens: np.ndarray, bytes_V: Tensor, batch_size: int,
 
 
 @torch.no_grad()
-def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], ranks: Ranks) -> bool:
+def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], autocast: torch.autocast, ranks: Ranks) -> bool:
     """Whether the loss is finite: weights can be finite and still be lost."""
     model.eval()  # has its graphs already
-    sound = model(*batch).loss.isfinite()
+    with autocast:
+        sound = model(*batch).loss.isfinite()
     model.train()
     return not ranks.any(not sound)
 
@@ -183,16 +187,51 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
     if not where.resume:
         return *build(given, *kinds), None, []
     checkpoint, notes = runs.resumable(Path(where.out_dir), given, *kinds)
-    stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir}
+    stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir, "profile": 0}
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
     config, run = build(given | {"resume": False}, *kinds, base=stored)
     return config, run, checkpoint, notes
 
 
+def step_work(config: HydraConfig, run: TrainConfig) -> tuple[int, float]:
+    """Tokens and FLOPs of a step."""
+    tokens = run.batch_size * run.gradient_accumulation_steps * config.block_size
+    return tokens, 3 * flops_per_token(config, config.block_size) * tokens
+
+
+def step_batches(tokens: np.ndarray, config: HydraConfig, run: TrainConfig, rows: slice, step: int) -> list[Batch]:
+    """The batches of a step, or of each batch these rows."""
+    first = step * run.gradient_accumulation_steps
+    numbers = range(first, first + run.gradient_accumulation_steps)
+    return [get_batch(tokens, run.batch_size, config.block_size, run.seed, n, rows) for n in numbers]
+
+
+def print_plan(config: HydraConfig, run: TrainConfig) -> int:
+    for line in plan_lines(config, run, run.max_iters * step_work(config, run)[1]):
+        print(line, flush=True)
+    return 0
+
+
+def model_facts(config: HydraConfig, backends: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """What a log says of the model."""
+    facts = {"model": f"{count_params(config):,} parameters, layers {config.layers}, vocabulary {config.vocab_size}"}
+    for letter, (backend, reason) in backends.items():
+        facts[f"attention {letter}"] = f"{backend} ({reason}); {KINDS[letter].text}"
+    return facts
+
+
+def print_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch.autocast) -> None:
+    with autocast:
+        text = continue_text(model, enc, run.sample_prompt, run.sample_tokens, run.seed + step)
+    print("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30, flush=True)
+
+
 @ends_together()
 def main(argv: list[str]) -> int:
     config, run, checkpoint, notes = configure(argv)
+    if run.plan:
+        return print_plan(config, run)
     ranks, device = join(run.parallel, run.device)
     if ranks.any(restarted()) and runs.has_begun(config, run):
         config, run, checkpoint, notes = configure([*argv, "--resume"])
@@ -200,22 +239,16 @@ def main(argv: list[str]) -> int:
     rows = ranks.rows(run.batch_size)
 
     # ---- machine
-    tokens_per_step = run.batch_size * run.gradient_accumulation_steps * config.block_size
-    flops_per_step = 3 * flops_per_token(config, config.block_size) * tokens_per_step
-    machine = choose_machine(device, run.dtype, run.compile, config.dim, run.max_iters * flops_per_step)
-    machine = pooled(machine, ranks)
+    tokens_per_step, flops_per_step = step_work(config, run)
+    total = run.max_iters * flops_per_step
+    machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, total), ranks)
 
     # ---- data
     corpus = ranks.one_first(lambda: prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir))
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
     ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
-
-    def make_batches(step: int) -> list[tuple[Tensor, Tensor]]:
-        numbers = range(step * run.gradient_accumulation_steps, (step + 1) * run.gradient_accumulation_steps)
-        return [get_batch(corpus.train, run.batch_size, config.block_size, run.seed, n, rows) for n in numbers]
-
-    batches = Prefetch(make_batches, machine.device)
+    batches = Prefetch(partial(step_batches, corpus.train, config, run, rows), machine.device)
     batches(0)  # too short a text is refused before anything is written
 
     # ---- model, optimiser, resume
@@ -230,7 +263,7 @@ def main(argv: list[str]) -> int:
     if checkpoint:
         runs.check_text(checkpoint, ids, out, run.data)
         runs.restore(out / "last.pt", checkpoint, model, optimizer)
-        progress = Progress(**{name: checkpoint[name] for name in asdict(progress)})
+        progress = Progress.of(checkpoint)
         evaluates = progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
     first_step = progress.step
 
@@ -242,15 +275,11 @@ def main(argv: list[str]) -> int:
     begins = first_step if checkpoint else None
     log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
-    parameters = count_params(config)
-    facts = {"corpus": corpus.description, **ids, **machine.facts,
-             "model": f"{parameters:,} parameters, layers {config.layers}, vocabulary {config.vocab_size}"}  # fmt: skip
-    for letter, (backend, reason) in backends.items():
-        facts[f"attention {letter}"] = f"{backend} ({reason}); {KINDS[letter].text}"
+    facts = {"corpus": corpus.description, **ids, **machine.facts, **model_facts(config, backends)}
     said = [to_toml(config, run), aside, *notes, *(f"{name}: {fact}" for name, fact in facts.items())]
     print("\n".join(said), flush=True)
-    log.start(first_step, bool(checkpoint), {
-        **facts, "config": asdict(config) | asdict(run), "parameters": parameters, "matmul_peak": machine.peak,
+    log.start(first_step, bool(checkpoint), facts | {
+        "config": asdict(config) | asdict(run), "parameters": count_params(config), "matmul_peak": machine.peak,
         "datasheet_peak": machine.listed_peak, "flops_per_token": flops_per_step / tokens_per_step})  # fmt: skip
 
     # ---- the loop: save, evaluate, sample, step
@@ -259,6 +288,7 @@ def main(argv: list[str]) -> int:
     signals = runs.stop_on_signals()
     began = time.perf_counter()
     steps: list[Step] = []  # that are not read yet
+    profile = runs.Profile(run.profile if ranks.rank == 0 else 0, out, machine.device)
     while True:
         step = progress.step
         final = step >= run.max_iters
@@ -266,13 +296,13 @@ def main(argv: list[str]) -> int:
         stop = ranks.any(signals)
         if steps and (due or stop):
             runs.settle(steps, run.grad_clip, progress, log)
+        if final or stop or progress.streak >= MAX_BAD:
+            profile.finish()
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
         if progress.streak >= MAX_BAD:
             return log.give_up(step, f"{progress.streak} steps in a row were not finite", kept)
         if (due or stop) and step > first_step:
-            with machine.autocast():
-                sound = is_sound(model, batches(step)[0], ranks)
-            if sound:
+            if is_sound(model, batches(step)[0], machine.autocast(), ranks):
                 save("last.pt", optimizer)
                 kept = f"saved in {out}"
         if stop:
@@ -287,9 +317,7 @@ def main(argv: list[str]) -> int:
             if best and step > 0:
                 save("best.pt")
             if run.sample_tokens and ranks.samples and math.isfinite(found["val_loss"]):
-                with machine.autocast():
-                    text = continue_text(model, corpus.enc, run.sample_prompt, run.sample_tokens, run.seed + step)
-                print("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30, flush=True)
+                print_sample(model, corpus.enc, run, step, machine.autocast())
         if final:
             break
 
@@ -297,6 +325,7 @@ def main(argv: list[str]) -> int:
             start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, run)
+        profile.step()
         steps.append(train_step(trained, optimizer, batches(step), run.grad_clip, machine.autocast(), ranks))
         progress.step += 1
         if step > 0 and progress.step % run.log_interval > 0:
@@ -305,11 +334,10 @@ def main(argv: list[str]) -> int:
         numbers, routing = runs.settle(steps, run.grad_clip, progress, log)
         mean = (time.perf_counter() - start) / taken
         pace = (time.perf_counter() - began) / (progress.step - first_step)
-        flops = {"mfu": flops_per_step, "mfu_6n": 6 * parameters * tokens_per_step}
         log.step(run.max_iters, {
             "step": progress.step, **numbers, "lr": group["lr"], "clipped": progress.clipped / max(1, progress.counted),
-            "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean,
-            **{name: n / mean / machine.peak for name, n in flops.items()},
+            "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean, "mfu": flops_per_step / mean / machine.peak,
+            "mfu_6n": 6 * count_params(config) * tokens_per_step / mean / machine.peak,
             "eta_s": (run.max_iters - progress.step) * pace, "skipped": progress.skipped}, routing)  # fmt: skip
         progress.clipped = progress.counted = 0
 

@@ -250,7 +250,8 @@ def test_blocks_are_compiled_in_place_with_room_for_their_graphs():
 
     blocks = [Block(), Block()]
     machine.compile_blocks(blocks, 128)
-    assert compiled == [(block, {"fullgraph": True, "dynamic": False}) for block in blocks]
+    options = {"fullgraph": True, "dynamic": False, "backend": "inductor"}
+    assert compiled == [(block, options) for block in blocks]
     assert torch._dynamo.config.recompile_limit == 128
 
 

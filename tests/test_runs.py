@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from test_train import (  # noqa: F401 the fixture `signals` is used by its name
     checkpoint,
     equal,
     finish,
+    losses,
     options,
     records,
     shape,
@@ -125,7 +127,7 @@ def test_every_earlier_run_has_its_folder(tmp_path):
     assert runs.set_aside(tmp_path) == "" and os.listdir(tmp_path) == []
     (tmp_path / "notes.txt").write_text("mine")
     assert runs.set_aside(tmp_path) == ""
-    for number, name in enumerate(runs.FILES, 1):
+    for number, name in enumerate((*runs.FILES, *runs.PROFILES), 1):
         (tmp_path / name).write_text(name)
         said = runs.set_aside(tmp_path)
         assert f"run-{number} now" in said and "--resume" in said
@@ -495,3 +497,41 @@ def test_the_program_refuses_in_one_line_and_ends_with_2(tmp_path):
     out, err = finish(start([f"--out_dir={tmp_path}", "--resume"]), 2)
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and "damaged or foreign" in err
     assert os.listdir(tmp_path) == ["last.pt"]
+
+
+# ---- the profile of a run
+
+
+def test_a_profile_has_the_steps_behind_the_warm_up(tmp_path, capsys):
+    """And changes nothing; three steps of warm-up, then those that were asked for, or what there is of them."""
+    train.main(options(tmp_path, "plain", max_iters=6))
+    assert "profiled" not in capsys.readouterr().out and not (tmp_path / "plain" / "trace.json").exists()
+    for name, asked, taken in (("run", 2, 2), ("short", 100, 3), ("none", 0, 0)):
+        train.main(options(tmp_path, name, max_iters=6, profile=asked))
+        assert losses(tmp_path / name) == losses(tmp_path / "plain")
+        assert equal(checkpoint(tmp_path / name)["model"], checkpoint(tmp_path / "plain")["model"])
+        lines = capsys.readouterr().out.splitlines()
+        assert (tmp_path / name / "trace.json").exists() == (taken > 0)
+        if not taken:
+            continue
+        said = next(i for i, line in enumerate(lines) if line.startswith(f"{taken} steps profiled"))
+        row = re.compile(r" *([0-9.]+)% +[0-9.]+ ms +\d+ calls  .+")
+        rows = [row.fullmatch(line) for line in lines[said + 1 : said + 11]]
+        shares = [float(row[1]) for row in rows]
+        assert shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100.5
+        assert re.fullmatch("step .*|-*.*sample.*|whole .*|4 batches .*", lines[said + 11])
+        events = json.loads((tmp_path / name / "trace.json").read_text())["traceEvents"]
+        names = [event.get("name") for event in events]
+        assert {"GatedDown", "RMSNormFunction", "GatedDownBackward"} <= set(names)
+        assert names.count("Optimizer.step#AdamW.step") == taken
+
+
+def test_a_resumed_run_is_not_profiled_again(tmp_path, capsys):
+    train.main(options(tmp_path, "run", max_iters=4, profile=1))
+    assert capsys.readouterr().out.count("1 steps profiled") == 1
+    train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=9"])
+    assert "profiled" not in capsys.readouterr().out
+    train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=14", "--profile=1"])
+    assert capsys.readouterr().out.count("1 steps profiled") == 1
+    with pytest.raises(UserError, match="profile=-1: it must not be negative"):
+        train.main([*options(tmp_path, "run"), "--profile=-1"])
