@@ -50,7 +50,6 @@ SHARED = {(9, 0): 227 * 1024, (8, 9): 99 * 1024}
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias",
              "lift_fresh", "set_", "resize_")  # fmt: skip
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
-WAIT = ("nonzero", "equal", "masked_select")  # operators whose result the host must know
 # arguments that FlexAttention's templates write to, besides those that Inductor names out_ptr
 FORWARD_RESULTS, BACKWARD_RESULTS = ["arg_LSE"], ["arg_DQ", "arg_DV"]
 COPY = ("_to_copy", "copy_")  # between devices
@@ -72,7 +71,8 @@ def size_of(values: Iterable) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """While it is entered: `launches` in their order, and `waits`, the operators for which the host waits."""
+    """While it is entered: `launches` in their order, and `waits`, the copies between host and device. (What asks for a
+    number, such as item() or a mask as an index, fails: fake tensors have none.)"""
 
     current: "Recorder | None" = None
 
@@ -103,16 +103,11 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if name == "_local_scalar_dense":  # a fake tensor has no value to give
-            self.waits.append(name)
-            if args[0].dtype == torch.bool:
-                return True
-            return 1.0 if args[0].dtype.is_floating_point else 1
         read = (args, {key: value for key, value in kwargs.items() if key != "out"})
         given = [t for t in tree_leaves(read) if isinstance(t, Tensor)]
         result = func(*args, **kwargs)
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if name in WAIT or (name in COPY and len({t.device.type for t in (*given, *results)}) > 1):
+        if name in COPY and len({t.device.type for t in (*given, *results)}) > 1:
             self.waits.append(name)
         if any(t.is_cuda for t in (*given, *results)) and not func.is_view and name not in NO_LAUNCH:
             self.record("product" if name in PRODUCTS else "other", name, results, (*given, *results))
