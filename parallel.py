@@ -115,6 +115,11 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def launch_id() -> str:
+    """Of this call of torchrun, its restarts included; empty without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def choose_local_device(requested: str, local_rank: int) -> torch.device:
     """`choose_device` for one of several processes of a machine, each of which has a GPU of its own."""
     device = choose_device(requested)
@@ -196,8 +201,9 @@ def ends_together() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if not lost or not dist.is_initialized():
             raise
-        print(f"error: rank {dist.get_rank()} has lost another process of this run, which ended or cannot be reached: "
-              "go on from the last checkpoint with --resume", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"error: rank {dist.get_rank()} has lost another process of this run, which ended (its own line says "
+              "why) or cannot be reached: --resume goes on from the last checkpoint",
+              file=sys.stderr, flush=True)  # fmt: skip
         os._exit(1)  # what is left of the group can neither be closed nor taken down in order
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -225,8 +231,10 @@ def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dt
     """`model` (with `blocks`) over the ranks -> the module that training calls. Under fsdp its parameters are replaced:
     an optimiser comes later."""
     if ranks.mode == "fsdp":
-        shard(model, ranks, device, dtype)
-    if ranks.mode != "ddp":
+        shard(model, ranks, device, dtype)  # which moves it block by block: it need not fit there as a whole
+        return model
+    model.to(device)
+    if ranks.mode == "none":
         return model
     torch._dynamo.config.optimize_ddp = False  # it would cut a graph into buckets; a compiled block is small enough
     return DistributedDataParallel(model, gradient_as_bucket_view=True)

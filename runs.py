@@ -21,14 +21,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from configurator import UserError
 from machine import sync
-from parallel import Ranks, contents, gathered, placed, read_shards, write_shards
+from parallel import Ranks, contents, gathered, launch_id, placed, read_shards, write_shards
 
 FILES = ("last.pt", "best.pt", "log.jsonl", "config.toml", "trace.json", "memory.pickle")  # the last two: profiles
 PARTS = ("model_config", "train_config", "fingerprint", "tokenizer", "step", "best")  # of a checkpoint
 WARM_UP = 3  # steps before a profile begins
+MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
 
 
 @dataclass
@@ -113,12 +115,13 @@ def resumable(out: Path, given: dict, model_config: type, train_config: type) ->
 
 
 def has_begun(config: object, run: object) -> bool:
-    """Whether last.pt is of a run of just these configurations."""
+    """Whether last.pt is of a run of just these configurations, which this very torchrun has started."""
     path = Path(run.out_dir) / "last.pt"
     if not path.exists():
         return False
     checkpoint, _ = load_checkpoint(path, {"model_config": type(config), "train_config": type(run)})
-    return checkpoint["model_config"] == asdict(config) and checkpoint["train_config"] == asdict(run)
+    same = checkpoint["model_config"] == asdict(config) and checkpoint["train_config"] == asdict(run)
+    return same and checkpoint.get("launch", "") == launch_id()
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
@@ -164,6 +167,7 @@ def save_run(path: Path, content: dict, model: nn.Module, optimizer: torch.optim
              ranks: Ranks) -> None:  # fmt: skip
     """A checkpoint, by rank 0; with an `optimizer` one to go on from. Under fsdp it names a folder beside it, in which
     every rank has written its part by then."""
+    content["launch"] = launch_id()
     if optimizer and ranks.mode == "fsdp":
         content["shards"] = f"shards-{content['step']}"
         write_shards(path.with_name(content["shards"]), contents(model, optimizer))
@@ -283,7 +287,8 @@ def settle(steps: list[NamedTuple], grad_clip: float, progress: Progress, log: R
     for i in range(len(steps)):
         loss, grad_norm, *norms = numbers[i * width : (i + 1) * width]
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            progress.streak = 0
+            if progress.streak < MAX_BAD:  # else the run ends, whatever came behind them
+                progress.streak = 0
             progress.counted += 1
             if 0 < grad_clip < grad_norm:
                 progress.clipped += 1
@@ -338,9 +343,11 @@ class Profile:
         if self.device.type == "cuda":
             write_atomically(self.out / "memory.pickle", lambda path: torch.cuda.memory._dump_snapshot(str(path)))
             torch.cuda.memory._record_memory_history(enabled=None)
-        kind = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        found = sorted(profiler.key_averages(), key=lambda it: getattr(it, kind), reverse=True)
-        total = sum(getattr(it, kind) for it in found)
+        found, kind = profiler.key_averages(), "self_cpu_time_total"
+        if self.device.type == "cuda":  # kernels alone: an operator's entry repeats the time of its kernels
+            found, kind = [it for it in found if it.device_type == DeviceType.CUDA], "self_device_time_total"
+        found = sorted(found, key=lambda it: getattr(it, kind), reverse=True)
+        total = max(1, sum(getattr(it, kind) for it in found))  # of nothing, where a container hides the device's times
         print(f"{self.taken} steps profiled, see {self.out / 'trace.json'}; what took most time of its own on "
               f"{self.device}, a step:")  # fmt: skip
         for it in found[:10]:

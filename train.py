@@ -34,7 +34,6 @@ from parallel import ALONE, Ranks, accumulates, ends_together, join, launched, l
 from runs import Progress
 
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
-MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ def make_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.dim() > 1 and p not in vectors]
     others = [p for p in model.parameters() if p.dim() < 2 or p in vectors]
     groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), fused=True)
+    fused = decayed[0].device.type != "mps"  # whose kernel does not look at found_inf, see train_step
+    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), fused=fused)
 
 
 def learning_rate_at(step: int, run: TrainConfig) -> float:
@@ -130,8 +130,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
                 output = model(idx, targets)
             (output.loss / len(batches)).backward()
         losses.append(output.cross_entropy.detach())
-    grads = {name: local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    means = [torch.stack(losses).mean(), *output.routing.values()]
+    named = ((name.removeprefix("module."), p) for name, p in model.named_parameters())  # DDP's prefix
+    grads = {name: local(p.grad) for name, p in named if p.grad is not None}
+    means = [torch.stack(losses).mean(), *(value.detach() for value in output.routing.values())]
     (loss, *routing), norms = ranks.agree(means, torch._foreach_norm(list(grads.values())))
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if grad_clip:
@@ -230,10 +231,10 @@ def print_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch
 @ends_together()
 def main(argv: list[str]) -> int:
     config, run, checkpoint, notes = configure(argv)
+    ranks, device = join(run.parallel, run.device)
     if run.plan:
         return print_plan(config, run)
-    ranks, device = join(run.parallel, run.device)
-    if ranks.any(restarted()) and runs.has_begun(config, run):
+    if ranks.any(restarted()) and ranks.first(runs.has_begun(config, run)):
         config, run, checkpoint, notes = configure([*argv, "--resume"])
     out = Path(run.out_dir)
     rows = ranks.rows(run.batch_size)
@@ -253,10 +254,10 @@ def main(argv: list[str]) -> int:
 
     # ---- model, optimiser, resume
     torch.manual_seed(run.seed)
-    model = Hydra(config).to(machine.device)
+    model = Hydra(config)
     model.recompute = run.recompute == "block"
-    backends = model.backends(machine.compiled, grad=True)
     trained = spread(model, ranks, machine.device, machine.dtype)
+    backends = model.backends(machine.compiled, grad=True)
     optimizer = make_optimizer(model, run)
     progress = Progress()
     evaluates = True  # at the first step of this run
@@ -296,10 +297,10 @@ def main(argv: list[str]) -> int:
         stop = ranks.any(signals)
         if steps and (due or stop):
             runs.settle(steps, run.grad_clip, progress, log)
-        if final or stop or progress.streak >= MAX_BAD:
+        if final or stop or progress.streak >= runs.MAX_BAD:
             profile.finish()
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
-        if progress.streak >= MAX_BAD:
+        if progress.streak >= runs.MAX_BAD:
             return log.give_up(step, f"{progress.streak} steps in a row were not finite", kept)
         if (due or stop) and step > first_step:
             if is_sound(model, batches(step)[0], machine.autocast(), ranks):
@@ -321,11 +322,11 @@ def main(argv: list[str]) -> int:
         if final:
             break
 
+        profile.step()
         if not steps:
             start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, run)
-        profile.step()
         steps.append(train_step(trained, optimizer, batches(step), run.grad_clip, machine.autocast(), ranks))
         progress.step += 1
         if step > 0 and progress.step % run.log_interval > 0:

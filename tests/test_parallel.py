@@ -392,10 +392,13 @@ def test_processes_that_cannot_meet_are_one_line(monkeypatch, env, call, message
         parallel.join(*call)
 
 
-def test_only_a_restart_of_just_this_run_goes_on(tmp_path):
+def test_only_a_restart_of_just_this_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     config, run = HydraConfig(**SHAPE), train.TrainConfig(out_dir=str(tmp_path))
     assert not runs.has_begun(config, run)
     content = {"model": {}, "fingerprint": "", "tokenizer": "", "model_config": asdict(config)}
     runs.save_checkpoint(tmp_path / "last.pt", content | {"train_config": asdict(run)} | asdict(Progress()))
     assert runs.has_begun(config, run)
     assert not runs.has_begun(config, train.TrainConfig(out_dir=str(tmp_path), seed=1))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another call of torchrun")
+    assert not runs.has_begun(config, run)

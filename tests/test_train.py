@@ -724,6 +724,13 @@ def test_only_ten_bad_steps_in_a_row_end_a_run(tmp_path, monkeypatch, capsys):
     assert "no checkpoint was written yet: lower --learning_rate" in capsys.readouterr().err
 
 
+def test_ten_bad_steps_within_one_log_line_end_a_run(tmp_path, monkeypatch):
+    """Though good ones come behind them before the host looks."""
+    poison(monkeypatch, *range(3, 13))
+    assert train.main(options(tmp_path, "run", max_iters=40, n_layer=4, log_interval=30)) == 1
+    assert records(tmp_path / "run")[-1]["step"] == 30
+
+
 def test_bad_steps_are_counted_over_a_resume(tmp_path, monkeypatch):
     """Skipped ones in all, and those in a row."""
     poison(monkeypatch, *range(2, 40))
