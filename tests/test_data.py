@@ -62,7 +62,7 @@ def test_every_text_comes_back(name):
 def test_vocabulary_sizes_and_shipped_ranks():
     assert data.get_tokenizer("python4096").n_vocab == 4096 and data.get_tokenizer("python4096").eot_token == 4095
     assert data.get_tokenizer("bytes").n_vocab == 257 and data.get_tokenizer("bytes").eot_token == 256
-    ranks = data.read_ranks(data.RANKS)
+    ranks = data.shipped_ranks()
     assert len(ranks) == 4095 and all(bytes([b]) in ranks for b in range(256))
     assert data.RANKS.stat().st_size < 60_000
 
