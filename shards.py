@@ -8,6 +8,7 @@
 
 import functools
 import glob
+import mmap
 import os
 import re
 import struct
@@ -57,8 +58,13 @@ class Shard:
 
 
 @functools.lru_cache(maxsize=256)  # a map keeps its file open, systems allow about a thousand, and corpora have more
-def mapped(shard: Shard) -> np.memmap:
-    return np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.count,))
+def mapped(shard: Shard) -> np.ndarray:
+    """The ids as a read-only array over the file."""
+    with shard.path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # else a window of a few pages waits until megabytes around it are read
+        content.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(content, shard.dtype, shard.count, shard.offset)
 
 
 def open_shard(path: Path, limit: int) -> Shard:
