@@ -397,11 +397,18 @@ class CommandConfig:
 def documents(tokens: np.memmap, eot: int) -> Iterator[str]:
     """The texts of ids of the tokenizer `bytes`, one by one, the largest in parts."""
     first = 0
-    for end in np.flatnonzero(tokens == eot):
+    for end in (*np.flatnonzero(tokens == eot), len(tokens)):
         decoder = codecs.getincrementaldecoder("utf-8")()
         for at in range(first, end, PART):
             yield decoder.decode(tokens[at:min(at + PART, end)].astype(np.uint8).tobytes())
         first = end + 1
+
+
+def prepare_text(options: CommandConfig, tokenizer: str, out: Path) -> Corpus:
+    corpus = prepare(options.data, tokenizer, options.cache_dir, str(out))
+    if isinstance(corpus.train, Tokens):
+        raise UserError(f"--data={options.data} has token shards already: give a text")
+    return corpus
 
 
 def train_tokenizer(out: Path, options: CommandConfig) -> None:
@@ -410,7 +417,7 @@ def train_tokenizer(out: Path, options: CommandConfig) -> None:
         raise UserError("rustbpe, a tool for this command only, is not installed: pip install rustbpe==0.1.0")
     import rustbpe
 
-    corpus = prepare(options.data, "bytes", options.cache_dir)
+    corpus = prepare_text(options, "bytes", out)
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(documents(corpus.train, corpus.enc.eot_token), options.vocab_size - 1, pattern=PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
@@ -425,9 +432,7 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
     """Write a text's tokens as shards into a folder that has none yet."""
     if any(out.glob("*.bin")):
         raise UserError(f"{out} has shards already: give an empty folder, or a new one")
-    corpus = prepare(options.data, options.tokenizer, options.cache_dir, str(out))
-    if isinstance(corpus.train, Tokens):
-        raise UserError(f"--data={options.data} has token shards already: give a text")
+    corpus = prepare_text(options, options.tokenizer, out)
     out.mkdir(parents=True, exist_ok=True)
     for side, ids in (("val", corpus.val), ("train", corpus.train)):
         write_shards(out, side, ids, corpus.enc.n_vocab)
