@@ -73,13 +73,15 @@ def test_indented_line_ends_are_single_tokens():
         assert len(enc.encode_ordinary(text)) == 1, text
 
 
-@pytest.mark.parametrize("change", ["drop byte", "twice", "garbage", "missing"])
+@pytest.mark.parametrize("change", ["drop byte", "twice", "cut", "garbage", "missing"])
 def test_damaged_ranks_are_an_error(change, tmp_path, monkeypatch):
     lines = data.RANKS.read_text().splitlines()
     if change == "drop byte":  # the number of ranks stays right
         lines[65] = f"{base64.b64encode(b'never a rank before').decode()} 65"
     elif change == "twice":
         lines[4000] = lines[3999]
+    elif change == "cut":
+        del lines[4000:]
     elif change == "garbage":
         lines[7] = "no base64 at all"
     monkeypatch.setattr(data, "RANKS", tmp_path / "ranks")

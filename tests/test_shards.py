@@ -230,9 +230,12 @@ def sparse(path, size, header=b""):
 
 def test_fingerprint_and_check_of_100_gigabytes_read_samples_only(tmp_path):
     """The file is a hole: reading all of it would take minutes."""
-    sparse(tmp_path / "train.bin", 100 * 10**9)
+    sparse(tmp_path / "train.bin", 98 * 10**9)
     (tmp_path / "val.bin").write_bytes(bytes(2000))
+    smaller = prepare(tmp_path, vocab_size=100)
+    sparse(tmp_path / "train.bin", 100 * 10**9)
     before = prepare(tmp_path, vocab_size=100)
+    assert smaller.fingerprint != before.fingerprint  # the samples are all zeros
     assert len(before.train) == 50 * 10**9
     assert data.get_batch(before.train, 4, 256, 0, 0)[0].sum() == 0
     for at in (0, 50 * 10**9, 100 * 10**9 - 1):  # the samples have both ends and the middle
@@ -252,6 +255,8 @@ def test_ids_between_the_samples_are_checked_when_they_are_drawn(tmp_path):
     corpus = prepare(tmp_path, vocab_size=300 + 1)
     for draw in (data.get_batch, data.epoch_batch):
         assert draw(corpus.train, 1, 190_000, 0, 0)[0].max() == 300
+    with pytest.raises(UserError, match="token id 300 is beyond the vocabulary of 257"):
+        list(data.eval_batches(prepare(tmp_path, "bytes", vocab_size=10**4).val, 8, 256))
     corpus = prepare(tmp_path, vocab_size=300)  # all that is read of it at once is in order
     for draw in (data.get_batch, data.epoch_batch):
         with pytest.raises(UserError, match="train.bin: token id 300 is beyond the vocabulary of 300; .*--tokenizer"):
@@ -265,7 +270,8 @@ def test_fingerprint_sees_names_sizes_and_every_byte_of_small_shards(folder, tmp
     raw = path.read_bytes()
     found = [prepare(folder).fingerprint]
     for at in (1024, 1200, len(raw) - 1):
-        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:])
+        (tmp_path / "new").write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:])
+        (tmp_path / "new").rename(path)  # a map of the old file would live on
         found.append(prepare(folder).fingerprint)
     path.write_bytes(shard_bytes(range(2000, 2199)))
     found.append(prepare(folder).fingerprint)
