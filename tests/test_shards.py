@@ -273,6 +273,10 @@ def test_fingerprint_sees_names_sizes_and_every_byte_of_small_shards(folder, tmp
         (tmp_path / "new").write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:])
         (tmp_path / "new").rename(path)  # a map of the old file would live on
         found.append(prepare(folder).fingerprint)
+    path.write_bytes(raw)
+    (folder / "corpus_val_000004.bin").write_bytes(shard_bytes([9]))
+    found.append(prepare(folder).fingerprint)
+    (folder / "corpus_val_000004.bin").write_bytes(shard_bytes([4000]))
     path.write_bytes(shard_bytes(range(2000, 2199)))
     found.append(prepare(folder).fingerprint)
     path.write_bytes(raw)
