@@ -17,7 +17,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,8 @@ import tiktoken
 import torch
 
 from configurator import UserError, cli
-from sources import default_source, encode, is_validation, reasons, tail_cut, texts, user_source
+from formats import MAGIC
+from sources import encode, part_pieces, read_texts
 
 EOT = "<|endoftext|>"
 RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
@@ -36,7 +37,7 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 # the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
-MAGIC, VERSION, HEADER = b"HYDRATOK", 1, 1024  # raise VERSION with any change of header, split or choice of files
+VERSION, HEADER = 2, 1024  # raise VERSION with any change of header, split or choice of files
 
 
 # ---- tokenizers
@@ -111,7 +112,7 @@ def text_of(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
 
 # ---- token files
 
-def write_tokens(path: Path, ids: Iterator[list[int]], enc: tiktoken.Encoding, source: str) -> None:
+def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encoding, source: str) -> None:
     """A token file: a header of HEADER bytes (MAGIC, JSON, spaces), then the ids. Complete, or not there at all."""
     dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
     temporary, count = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"), 0
@@ -173,32 +174,33 @@ class Corpus:
     enc: tiktoken.Encoding
     fingerprint: str  # of the source texts
     description: str  # for the log
+    warnings: tuple[str, ...] = ()  # what the user must not miss
 
 
-def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "") -> Corpus:
+def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fraction: float = 0.1,
+            val_data: str = "", text_field: str = "text") -> Corpus:  # fmt: skip
     """The tokens of `data` ("" = the default corpus, else a file or folder), encoded at first use into `cache_dir`.
-    What a run writes, `cache_dir` and `out_dir`, is no part of it. Raises UserError: no text, unreadable, no room."""
+    Validation is `val_data`, or `val_fraction` of the text; JSON lines have theirs in `text_field`. What a run writes,
+    `cache_dir` and `out_dir`, is no part of it. Raises UserError: no text, unreadable, no room."""
     enc = get_tokenizer(tokenizer)
     try:
         written = {Path(folder).expanduser().resolve() for folder in (cache_dir, out_dir) if folder}
-        source = user_source(data, written) if data else default_source()
-        fingerprint = source.fingerprint()
+        texts = read_texts(data, val_data, val_fraction, text_field, written)
         # Other ranks or another format never meet old files: all three are in the name.
-        key = hashlib.sha256(f"{fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
-        paths = [Path(cache_dir, f"{source.name}-{tokenizer}-{key}-{side}.bin") for side in ("train", "val")]
-        for path, validation in zip(paths, (False, True), strict=True):
+        key = hashlib.sha256(f"{texts.fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
+        paths = [Path(cache_dir, f"{texts.name}-{tokenizer}-{key}-{side}.bin") for side in ("train", "val")]
+        for path, part in zip(paths, texts.parts, strict=True):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_tokens(path, encode(source, enc, validation), enc, fingerprint)
+                write_tokens(path, encode(part, enc), enc, texts.fingerprint)
     except OSError as error:
         raise UserError(f"{error.filename or cache_dir}: {error.strerror or error}; the data must be readable (--data) "
                         "and the cache writable, with room (--cache_dir)") from error
-    tokens = [load_tokens(path, enc.n_vocab, fingerprint) for path in paths]
-    size = sum(file.size for file in source.files)
-    rule = "a tenth of the files, by path" if tail_cut(source) is None else "the last tenth of the text"
-    return Corpus(*tokens, enc, fingerprint, f"{source.title}: {len(source.files)} files, {size:,} bytes, "
-                  f"{len(tokens[0]):,} training and {len(tokens[1]):,} validation tokens ({tokenizer}). Validation: "
-                  f"{rule}; {reasons(source.skipped)}.")
+    tokens = [load_tokens(path, enc.n_vocab, texts.fingerprint) for path in paths]
+    share = len(tokens[1]) / sum(map(len, tokens))
+    return Corpus(*tokens, enc, texts.fingerprint, f"{texts.title}, {len(tokens[0]):,} training and "
+                  f"{len(tokens[1]):,} validation tokens ({tokenizer}). Validation: {share:.1%} of the tokens and "
+                  f"{texts.rule}.", (texts.warning,) if texts.warning else ())
 
 
 # ---- batches
@@ -243,16 +245,14 @@ def main(args: list[str]) -> None:
         raise UserError("rustbpe, a tool for this command only, is not installed: pip install rustbpe==0.1.0")
     import rustbpe
 
-    source = default_source()
+    texts = read_texts("")
     trainer = rustbpe.Tokenizer()
-    train = ("".join(texts(source.root / file.name)) for file in source.files if not is_validation(file.name))
-    trainer.train_from_iterator(train, N_RANKS, pattern=PATTERN)
+    trainer.train_from_iterator(filter(None, part_pieces(texts.parts[0])), N_RANKS, pattern=PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
     Path(args[1]).write_text("".join(lines), newline="\n")
-    fingerprint = source.fingerprint()
-    same = "that of" if fingerprint == RANKS_CORPUS else "NOT that of"
-    print(f"{args[1]}: {len(ranks)} ranks from the {source.title}, {same} the shipped ranks ({fingerprint[:12]})")
+    same = "that of" if texts.fingerprint == RANKS_CORPUS else "NOT that of"
+    print(f"{args[1]}: {len(ranks)} ranks of {texts.title}, {same} the shipped ranks ({texts.fingerprint[:12]})")
 
 
 if __name__ == "__main__":
