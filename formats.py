@@ -73,19 +73,19 @@ def sniff_binary(head: bytes) -> Unfit | None:
         return None
     even, odd = (head[side::2].count(0) / len(head) for side in (0, 1))
     for name, many, few in (("UTF-16LE", odd, even), ("UTF-16BE", even, odd)):  # of ASCII one byte in two is zero
-        if many > 0.25 and few < 0.01:
+        if many > 0.25 and few < 0.01 and head.count(0) > 3:
             return Unfit(name, "every other byte is zero", ICONV % name)
     return Unfit("binary", f"a zero byte at offset {head.index(0)}")
 
 
 def sniff_table(head: bytes, name: str) -> Unfit | None:
-    """CSV and TSV: rows of as many cells, two or more, none of the first row empty or with a space in front, as a text
-    or a program has them. Without such a suffix three rows are needed."""
+    """CSV and TSV: rows of as many cells, two or more, none of the first row empty or with a space or a brace in front,
+    as a text or a program has them. Without such a suffix three rows are needed."""
     text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").lstrip("\r\n")
     first = text.partition("\n")[0].rstrip("\r")
     for delimiter, reason in DELIMITERS.items():
         cells = first.split(delimiter)
-        if len(cells) < 2 or not all(cells) or any(cell.startswith(" ") for cell in cells):
+        if len(cells) < 2 or not all(cells) or any(cell[0] in " {" for cell in cells):
             continue
         rows: list[list[str]] = []
         with contextlib.suppress(csv.Error):  # a cell may be larger than csv's limit
@@ -141,7 +141,7 @@ def sniff_bytes(chunk: bytes, bad: int, offset: int, wide: bool) -> Unfit:
         return Unfit("binary", place)
     if wide:
         return Unfit("UTF-8 with damage", place, "iconv -c -f UTF-8 -t UTF-8 {path} > {out}.utf8.txt")
-    if len(chunk.translate(None, ASCII)) > 0.4 * len(chunk):
+    if len(chunk.translate(None, ASCII)) > max(3, 0.4 * len(chunk)):
         return Unfit("not UTF-8", f"{place}, its encoding unknown", ICONV % "ENCODING")
     if chunk.translate(None, ASCII + LATIN):
         return Unfit("Windows-1252", place, ICONV % "WINDOWS-1252")

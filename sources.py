@@ -283,9 +283,11 @@ def pieces(source: Source, file: TextFile) -> Iterator[str]:
     empty piece ends a document."""
     path = os.path.join(source.root, file.name)
     with open_plain(path) as binary:
-        documents: Iterable[TextIO] = [io.TextIOWrapper(binary, encoding="utf-8", newline="")]
+        documents: Iterable[TextIO]
         if file.lines:
             documents = (io.StringIO(text, newline="") for text in records(binary, path, source.field))
+        else:
+            documents = [io.TextIOWrapper(binary, encoding="utf-8", newline="")]
         for document in documents:
             while text := document.read(CHUNK):
                 yield text + document.readline(CHUNK)
