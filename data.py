@@ -131,6 +131,16 @@ def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encodin
         temporary.unlink(missing_ok=True)
 
 
+def highest_id(path: str | Path, dtype: np.dtype) -> int:
+    """Of a token file. It is read, not mapped: the pages of a map that were touched count as memory of the process."""
+    top = 0
+    with open(path, "rb") as file:
+        file.seek(HEADER)
+        while len(some := np.fromfile(file, dtype, 1 << 22)):
+            top = max(top, int(some.max()))
+    return top
+
+
 def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | None = None) -> np.memmap:
     """The ids of a token file, memory-mapped. Raises UserError: foreign (no token file, or not made from the text with
     the fingerprint `source`), damaged, too short, an id >= vocab_size."""
@@ -160,11 +170,10 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | N
         raise bad("made from another text")
     if count < 2:
         raise bad(f"too short, {count} tokens")
-    tokens = np.memmap(path, dtype, "r", HEADER, (count,))
-    if vocab_size is not None and (top := int(tokens.max())) >= vocab_size:
+    if vocab_size is not None and (top := highest_id(path, dtype)) >= vocab_size:
         raise UserError(f"{path}: token id {top} is beyond vocab_size {vocab_size}; set --vocab_size={top + 1} or "
                         "more, or delete the file, and it will be built again")
-    return tokens
+    return np.memmap(path, dtype, "r", HEADER, (count,))
 
 
 @dataclass(frozen=True)
