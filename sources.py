@@ -11,35 +11,27 @@
 Left out: a split by the records of a file.
 """
 
-import codecs
-import gzip
 import hashlib
-import io
 import os
 import platform
 import re
 import sys
 import sysconfig
 import time
-import zlib
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from dataclasses import field as default
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
 from configurator import UserError
-from formats import MAGIC, Unfit, json_object, sniff_binary, sniff_bytes, sniff_json, sniff_table, some_keys
+from formats import CHUNK, MAGIC, TextFile, Unfit, inspect, pieces
 
-CHUNK = 1 << 18  # bytes or characters at once: twice as much still fits the stack of every tiktoken pattern
-LONGEST = 1 << 28  # bytes of a JSON line: a file without line ends must not fill the memory
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
 RUN_FILES = {"config.toml", "log.jsonl", "last.pt", "best.pt"}
@@ -48,104 +40,14 @@ NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "
 FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or stripped
 
 
-# ---- reading: bytes, records, pieces
-
-
-@dataclass(frozen=True)
-class TextFile:
-    name: str  # path below the root, with slashes: the same on every system
-    size: int  # bytes of its texts
-    chars: int
-    digest: bytes  # sha256 of its texts
-    lines: bool = False  # JSON lines
-
-
-def open_plain(path: str) -> io.BufferedReader:
-    """A file's bytes, unpacked where they are in gzip."""
-    file = open(path, "rb")
-    if file.peek(2)[:2] != b"\x1f\x8b":
-        return file
-    file.close()
-    return io.BufferedReader(gzip.open(path), CHUNK)
-
-
-def records(file: BinaryIO, path: str, field: str) -> Iterator[str]:
-    """The texts of JSON lines that are not empty. Raises UserError: a line without one."""
-    for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
-        record = json_object(line)
-        if record is None:
-            raise UserError(f"{path}, line {number}: no JSON object, or longer than {LONGEST:,} bytes: mend the line "
-                            "or remove it")  # fmt: skip
-        text = record.get(field)
-        if not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: no text in {field!r}, the line has {some_keys(record)}: name the "
-                            "text's field with --text_field, or remove the line")  # fmt: skip
-        if text:
-            yield text if text.isascii() else text.encode("utf-8", "replace").decode()  # half a surrogate pair: "?"
-
-
-def measure_text(head: bytes, file: BinaryIO, name: str) -> TextFile | Unfit:
-    """Sizes and hash of a text that begins with `head` and goes on in the file; or the first byte that is no text."""
-    decoder, digest, size, chars = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 0, 0
-    while head:
-        if b"\0" in head:
-            return Unfit("binary", f"a zero byte at offset {size + head.index(0)}")
-        following = file.read(CHUNK)
-        waiting = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
-        try:
-            chars += len(decoder.decode(head, final=not following))
-        except UnicodeDecodeError as error:
-            wide = chars < size - waiting or not error.object[: error.start].isascii()
-            return sniff_bytes(error.object, error.start, size - waiting + error.start, wide)
-        digest.update(head)
-        size += len(head)
-        head = following
-    return TextFile(name, size, chars, digest.digest()) if size else Unfit("empty")
-
-
-def measure_lines(file: BinaryIO, path: str, name: str, field: str) -> TextFile | Unfit:
-    """Sizes and hash of the texts in JSON lines."""
-    digest, size, chars = hashlib.sha256(b"JSON lines"), 0, 0
-    for text in records(file, path, field):
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-        size += len(data)
-        chars += len(text)
-    return TextFile(name, size, chars, digest.digest(), True) if size else Unfit("empty")
-
-
-def inspect(path: str, name: str, field: str) -> TextFile | Unfit:
-    """The file's sizes and hash, or why it is no text. Without a `field` (of JSON lines) it is a text in any case."""
-    try:
-        with open_plain(path) as file:
-            head = file.read(CHUNK)
-            lines = False
-            if field:
-                lines = sniff_binary(head) or sniff_table(head, name) or sniff_json(head, name, field)
-            if lines is True:
-                file.seek(0)
-                return measure_lines(file, path, name, field)
-            found = lines or measure_text(head, file, name)
-            if isinstance(found, Unfit) and found.remedy and isinstance(file.raw, gzip.GzipFile):
-                return Unfit(f"{found.reason} in gzip", found.place, "gzip -dk {path}, then give what that unpacks")
-            return found
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        return Unfit("damaged gzip archive", str(error))
-
-
 # ---- files below a folder
-
 
 @dataclass
 class Skipped:
     """What a scan left out: for each reason how often, and the first example."""
 
-    counts: Counter[str] = default(default_factory=Counter)
-    examples: dict[str, tuple[str, Unfit]] = default(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, tuple[str, Unfit]] = field(default_factory=dict)
 
     def add(self, unfit: Unfit, name: str) -> None:
         self.counts[unfit.reason] += 1
@@ -172,7 +74,7 @@ class Source:
     root: Path
     files: list[TextFile]  # sorted by name
     skipped: Skipped
-    field: str  # of JSON lines
+    text_field: str  # of JSON lines
     by_path: bool = False  # split by the hash of the paths alone, whatever share of the text this is
 
     def fingerprint(self) -> str:
@@ -183,16 +85,17 @@ class Source:
         return sum(file.size for file in self.files)
 
 
+def is_token_file(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def is_written(entries: list[os.DirEntry]) -> bool:
     """Whether a folder holds a run of any --out_dir or the token files of any --cache_dir."""
     names = {entry.name for entry in entries}
     if {"config.toml", "log.jsonl"} <= names or {"last.pt", "best.pt"} & names:
         return True
-    for entry in entries:
-        if entry.name.endswith(".bin") and entry.is_file():
-            with open(entry.path, "rb") as file:
-                return file.read(len(MAGIC)) == MAGIC
-    return False
+    return any(entry.name.endswith(".bin") and entry.is_file() and is_token_file(entry.path) for entry in entries)
 
 
 def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (), follow: bool = True) -> list[str]:
@@ -234,7 +137,7 @@ def scan(source: Source, names: list[str]) -> Source:
     """Inspect the named files below the source's root; keep the texts, each once, and count the others."""
     files: dict[bytes, TextFile] = {}
     for name in names:
-        found = inspect(os.path.join(source.root, name), name, source.field)
+        found = inspect(f"{source.root}/{name}", name, source.text_field)
         if isinstance(found, Unfit):
             source.skipped.add(found, name)
         elif files.setdefault(found.digest, found) is not found:
@@ -278,24 +181,7 @@ def user_source(data: str, without: Collection[Path] = (), field: str = "text", 
     return source
 
 
-def pieces(source: Source, file: TextFile) -> Iterator[str]:
-    """A file's texts in pieces that end with a line (within a line only if it is huge), line ends left as they are; an
-    empty piece ends a document."""
-    path = os.path.join(source.root, file.name)
-    with open_plain(path) as binary:
-        documents: Iterable[TextIO]
-        if file.lines:
-            documents = (io.StringIO(text, newline="") for text in records(binary, path, source.field))
-        else:
-            documents = [io.TextIOWrapper(binary, encoding="utf-8", newline="")]
-        for document in documents:
-            while text := document.read(CHUNK):
-                yield text + document.readline(CHUNK)
-            yield ""
-
-
 # ---- split
-
 
 class Part(NamedTuple):
     """One side of the split."""
@@ -345,7 +231,7 @@ def places(source: Source, number: int, target: int, reach: float) -> Iterator[P
         yield Place(0, target, 0, 0)
         yield Place(2, target, 0, 0)
     size, chars = 0, 0
-    for text in pieces(source, source.files[number]):
+    for text in pieces(source.root, source.files[number], source.text_field):
         if not text:
             yield Place(0, abs(size - target), size, chars)
         length = byte_count(text)
@@ -435,12 +321,11 @@ def read_texts(data: str, val_data: str = "", fraction: float = 0.1, field: str 
 
 # ---- tokens
 
-
 def part_pieces(part: Part) -> Iterator[str]:
     """The pieces of one side; an empty one ends a document, or what of it is on this side."""
     for file, (begin, end) in zip(part.source.files, part.spans, strict=True):
         seen, written = 0, False
-        for text in pieces(part.source, file) if begin < end else ():
+        for text in pieces(part.source.root, file, part.source.text_field) if begin < end else ():
             kept = text[max(0, begin - seen) : max(0, end - seen)]
             seen += len(text)
             if kept or (written and not text):
@@ -485,7 +370,7 @@ def encode(part: Part, enc: tiktoken.Encoding) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor(cores()) as pool:
         todo = bundles(part)
         while True:
-            for bundle in islice(todo, 3 * cores() - len(waiting)):
+            for bundle in islice(todo, 2 * cores() - len(waiting)):
                 waiting.append(pool.submit(encode_bundle, enc, bundle))
             if not waiting:
                 return

@@ -47,6 +47,11 @@ def prepare(source, tmp_path, tokenizer="bytes", **keys):
     return data.prepare(str(source), tokenizer, str(tmp_path / "cache"), **keys)
 
 
+def set_chunk(monkeypatch, size):
+    for module in (formats, sources):
+        monkeypatch.setattr(module, "CHUNK", size)
+
+
 def documents(tokens, enc):
     """The texts of ids, each of which <|endoftext|> closes."""
     ids = np.asarray(tokens)
@@ -160,7 +165,7 @@ def test_json_lines_of_other_fields(tmp_path):
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LONGEST", 100)
+    monkeypatch.setattr(formats, "LONGEST", 100)
     write_folder(tmp_path, {"a.jsonl": jsonl(["x" * 50, "y" * 200])})
     with pytest.raises(UserError, match="line 2: no JSON object, or longer than 100 bytes"):
         prepare(tmp_path / "a.jsonl", tmp_path)
@@ -272,7 +277,7 @@ def test_text_and_programs_stay_text(name, text, tmp_path):
 
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_a_bad_byte_is_placed_across_chunks(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    set_chunk(monkeypatch, chunk)
     for offset in range(150, 160):
         raw = ("a數é🐍" * 30).encode()[:offset].decode(errors="ignore").encode()
         write_folder(tmp_path, {"a.txt": raw + b"\xffxyz"})
@@ -374,7 +379,7 @@ def test_missing_empty_and_unreadable_data(tmp_path, monkeypatch):
     def refuse(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    monkeypatch.setattr(formats, "open", refuse, raising=False)
     with pytest.raises(UserError, match="one: Permission denied.*readable"):
         prepare(tmp_path / "one", tmp_path)
 
@@ -408,7 +413,7 @@ def sizes(corpus):
 @pytest.mark.parametrize("seed", range(40))
 def test_validation_is_a_tenth_of_the_text_and_nothing_is_lost(seed, tmp_path, monkeypatch):
     rng = random.Random(seed)
-    monkeypatch.setattr(sources, "CHUNK", rng.choice([7, 100, 1 << 18]))
+    set_chunk(monkeypatch, rng.choice([7, 100, 1 << 18]))
     fraction = rng.choice([0.1, 0.1, 0.05, 0.3])
     alphabet = rng.choice(["ab \n", "aé數🐍\n", "abcdefghijklmnopqrstuvwxyzéè" * 40 + "\n", "é數"])
     files, texts = {}, {}
@@ -444,7 +449,7 @@ def test_folder_is_split_by_the_hash_of_its_paths(name, folder, tmp_path):
 @pytest.mark.parametrize("text", ["".join(f"line {i} né🐍\r\n" for i in range(90)), "數é🐍a" * 60, "ab", "🐍é", "é數",
                                   "\n" * 99 + "the end", "x" * 500 + "\n", "first\n" + "x" * 500])
 def test_a_single_file_gives_its_tail_to_validation(text, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    set_chunk(monkeypatch, chunk)
     write_folder(tmp_path, {"one.txt": text})
     (train,), (val,) = both(prepare(tmp_path / "one.txt", tmp_path))
     assert train + val == text and train and val
@@ -489,7 +494,7 @@ def test_warnings_of_the_shares():
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_one_core_writes_what_many_write(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 1000)
+    set_chunk(monkeypatch, 1000)
     rng = random.Random(0)
     files = {f"{i}.txt": f"text {i}\nénd\n" * rng.choice([1, 3, 400]) for i in range(150)}
     root = write_folder(tmp_path / "in", files | {"z.jsonl": jsonl(CONTENTS * 9)})
@@ -502,7 +507,7 @@ def test_one_core_writes_what_many_write(name, tmp_path, monkeypatch):
 
 
 def test_pieces_end_with_a_line_and_are_tokenised_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 50)
+    set_chunk(monkeypatch, 50)
     text = "".join(f"def f{i}(x):\n        return {i}\n\n" for i in range(300))
     write_folder(tmp_path, {"a.py": text})
     enc = data.get_tokenizer("python4096")
@@ -517,7 +522,7 @@ def test_pieces_end_with_a_line_and_are_tokenised_one_by_one(tmp_path, monkeypat
 
 
 def test_work_is_bounded_and_progress_is_shown(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "CHUNK", 1000)
+    set_chunk(monkeypatch, 1000)
     monkeypatch.setattr(sources, "cores", lambda: 2)
     write_folder(tmp_path, {"a.txt": "a line of text\n" * 20_000})
     part = sources.whole(sources.user_source(str(tmp_path / "a.txt")))
