@@ -1,4 +1,4 @@
-"""sources.py and formats.py: what files are and what becomes of them, folders and links, the split, tokens on all cores.
+"""sources.py and formats.py: what files are and what becomes of them, folders, links, the split, tokens on all cores.
 
 Every file is made here, byte by byte; what comes back is compared with what was written. CPU, no network.
 """
@@ -14,10 +14,12 @@ import re
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_train import options
 
 import data
 import formats
@@ -25,7 +27,6 @@ import runs
 import sources
 import train
 from configurator import UserError
-from test_train import options
 
 TOKENIZERS = ("python4096", "bytes")
 
@@ -113,7 +114,8 @@ def test_no_default_corpus_without_a_standard_library(tmp_path, monkeypatch):
 
 # ---- what is read
 
-CONTENTS = ["a\nb\n", "né🐍\r\nnext", "<|endoftext|>", "  ", "long line " * 100, "\ufeffmark"] + [f"t{i}\n" for i in range(30)]
+CONTENTS = ["a\nb\n", "né🐍\r\nnext", "<|endoftext|>", "  ", "long line " * 100, "\ufeffmark",
+            *(f"t{i}\n" for i in range(30))]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a", "a.jsonl.bak"])
@@ -141,7 +143,8 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
 
 @pytest.mark.parametrize(("line", "reason"), [
     ('{"text": "cut', "no JSON object.*mend the line or remove"), ("[1]", "no JSON object"),
-    ("[" * 100_000, "no JSON object"), ('{"id": 1, "content": "x"}', "no text in 'text'.*'id', 'content'.*--text_field"),
+    ('{"id": 1, "content": "x"}', "no text in 'text'.*'id', 'content'.*--text_field"),
+    ("[" * 100_000, "no JSON object"),
     ('{"text": null}', "no text in 'text'"), ('{"text": "\\x"}', "no JSON object"), (b'{"text": "\xe9"}', "no JSON"),
 ])
 @pytest.mark.parametrize("where", ["a.jsonl", ""])
@@ -267,7 +270,8 @@ def test_the_commands_make_text_of_it(kind, tmp_path, monkeypatch):
     ("prose.csv", "It was a dark, stormy night,\nand nobody, not one, was out.\nThe end"), ("one.csv", "text\na\nb\n"),
     ("commas.txt", "one, two\nthree, four\nfive, six\n"), ("a.js", "{\n  const a = [1,2];\n}\n"),
     ("a.py", "[\n    1,\n    2,\n]\n"), ("Makefile", "all:\n\tcc a.c\n\tcc b.c\n"), ("a.ini", "[a]\nb=1,2\n[c]\nd=3,4"),
-    ("table.h", "{ 1,\t2,\t3 },\n{ 4,\t5,\t6 },\n{ 7,\t8,\t9 },\n"), ("x.html", "<a>\n<b,c>\n</a>"), ("a.md", "[link]: x\n{\"a\" is} fine\n"),
+    ("table.h", "{ 1,\t2,\t3 },\n{ 4,\t5,\t6 },\n{ 7,\t8,\t9 },\n"),
+    ("x.html", "<a>\n<b,c>\n</a>"), ("a.md", "[link]: x\n{\"a\" is} fine\n"),
     ("a.jsonl", "no JSON at all\nreally\n"), ("PAR", "PARIS\n"), ("bom.txt", "\ufefftext\nwith a mark\n"),
 ])
 def test_text_and_programs_stay_text(name, text, tmp_path):
@@ -396,10 +400,11 @@ def test_fingerprint_sees_content_names_and_split(folder, tmp_path):
     assert len({first, *others, sources.read_texts(folder).fingerprint}) == 5
     path = tmp_path / "lines.jsonl"
     seen = set()
-    for lines in ('{"text": "ab", "b": "ab"}\n{"text": "c", "b": "d"}', '{"text": "a"}\n{"text": "bc"}', '{"text": "abc"}'):
+    first = '{"text": "ab", "b": "ab"}\n{"text": "c", "b": "d"}'
+    for lines in (first, '{"text": "a"}\n{"text": "bc"}', '{"text": "abc"}'):
         path.write_text(lines)
         seen.add(sources.read_texts(str(path)).fingerprint)
-    path.write_text('{"text": "ab", "b": "ab"}\n{"text": "c", "b": "d"}')
+    path.write_text(first)
     assert sources.read_texts(str(path)).fingerprint in seen and len(seen) == 3
     assert sources.read_texts(str(path), field="b").fingerprint not in seen
 
@@ -417,8 +422,9 @@ def test_validation_is_a_tenth_of_the_text_and_nothing_is_lost(seed, tmp_path, m
     fraction = rng.choice([0.1, 0.1, 0.05, 0.3])
     alphabet = rng.choice(["ab \n", "aé數🐍\n", "abcdefghijklmnopqrstuvwxyzéè" * 40 + "\n", "é數"])
     files, texts = {}, {}
-    for i in range(rng.choice([1, 2, 3, 8, 60])):
-        made = ["".join(rng.choices(alphabet, k=int(rng.expovariate(1 / 900)) + 1)) for _ in range(rng.choice([1, 1, 30]))]
+    for _ in range(rng.choice([1, 2, 3, 8, 60])):
+        lengths = [int(rng.expovariate(1 / 900)) + 1 for _ in range(rng.choice([1, 1, 30]))]
+        made = ["".join(rng.choices(alphabet, k=length)) for length in lengths]
         name = f"{rng.random()}.{'txt' if len(made) == 1 else 'jsonl'}"
         texts[name] = made
         files[name] = made[0] if len(made) == 1 else jsonl(made)
@@ -527,7 +533,8 @@ def test_work_is_bounded_and_progress_is_shown(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path, {"a.txt": "a line of text\n" * 20_000})
     part = sources.whole(sources.user_source(str(tmp_path / "a.txt")))
     taken = []
-    monkeypatch.setattr(sources, "bundles", lambda part, make=sources.bundles: (taken.append(1) or b for b in make(part)))
+    bundles = list(sources.bundles(part))
+    monkeypatch.setattr(sources, "bundles", lambda part: (taken.append(1) or bundle for bundle in bundles))
     stream = sources.encode(part, data.get_tokenizer("bytes"))
     next(stream)
     assert len(taken) <= 6
@@ -543,3 +550,24 @@ def test_special_tokens_spelled_in_a_text_stay_text(tmp_path):
     for tokens in (corpus.train, corpus.val):
         texts = corpus.enc.decode_bytes(tokens.tolist()).count(b"<|endoftext|>") / 2
         assert (np.asarray(tokens) == corpus.enc.eot_token).sum() == texts > 0
+
+
+def test_an_interrupted_preparation_leaves_nothing_and_two_at_once_agree(folder, tmp_path, monkeypatch):
+    set_chunk(monkeypatch, 500)
+    encode_bundle, calls = sources.encode_bundle, []
+
+    def interrupted(enc, bundle):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return encode_bundle(enc, bundle)
+
+    monkeypatch.setattr(sources, "encode_bundle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(folder, tmp_path)
+    assert len(calls) > 8 and os.listdir(tmp_path / "cache") == []
+    with ThreadPoolExecutor(4) as pool:
+        corpora = list(pool.map(lambda _: prepare(folder, tmp_path), range(4)))
+    alone = prepare(folder, tmp_path / "alone")
+    assert all(np.array_equal(c.train, alone.train) and np.array_equal(c.val, alone.val) for c in corpora)
+    assert len(os.listdir(tmp_path / "cache")) == 2
