@@ -329,6 +329,7 @@ def test_a_folder_of_which_more_than_half_was_skipped_says_so_loudly(tmp_path):
 def test_links_are_followed_once_and_loops_end(folder, tmp_path):
     root = tmp_path / "texts"
     alone = prepare(folder, tmp_path)
+    write_folder(tmp_path, {"outside.txt": "not below the folder\n"})
     os.symlink(tmp_path, root / "up")  # holds the folder itself
     os.symlink(root, root / "part0/self")
     os.symlink(root / "part1", root / "again")
