@@ -12,7 +12,6 @@ Left out: padding between documents.
 """
 
 import base64
-import codecs
 import difflib
 import hashlib
 import importlib.util
@@ -32,8 +31,9 @@ import tiktoken
 import torch
 
 from configurator import UserError, build, cli, need, parse
+from formats import MAGIC
 from shards import Shard, find_shards, open_shard, write_shards
-from sources import default_source, encode, reasons, tail_cut, texts, user_source
+from sources import encode, part_pieces, read_texts
 
 EOT = "<|endoftext|>"
 RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
@@ -43,8 +43,7 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 # the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
-MAGIC, VERSION, HEADER = b"HYDRATOK", 1, 1024  # raise VERSION with any change of header, split or choice of files
-PART = 1 << 24  # bytes of a text that train_tokenizer holds at once, at most
+VERSION, HEADER = 2, 1024  # raise VERSION with any change of header, split or choice of files
 USAGE = "python data.py (train_tokenizer OUT, shard OUT or bench) [--key=value ...], see --help"
 
 
@@ -154,7 +153,7 @@ def text_of(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
 
 # ---- token files
 
-def write_tokens(path: Path, ids: Iterator[list[int]], enc: tiktoken.Encoding, source: str) -> None:
+def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encoding, source: str) -> None:
     """A token file: a header of HEADER bytes (MAGIC, JSON, spaces), then the ids. Complete, or not there at all."""
     dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
     temporary, count = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"), 0
@@ -171,6 +170,16 @@ def write_tokens(path: Path, ids: Iterator[list[int]], enc: tiktoken.Encoding, s
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def highest_id(path: str | Path, dtype: np.dtype) -> int:
+    """Of a token file. It is read, not mapped: the pages of a map that were touched count as memory of the process."""
+    top = 0
+    with open(path, "rb") as file:
+        file.seek(HEADER)
+        while len(some := np.fromfile(file, dtype, 1 << 22)):
+            top = max(top, int(some.max()))
+    return top
 
 
 def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | None = None) -> np.memmap:
@@ -202,11 +211,10 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | N
         raise bad("made from another text")
     if count < 2:
         raise bad(f"too short, {count} tokens")
-    tokens = np.memmap(path, dtype, "r", HEADER, (count,))
-    if vocab_size is not None and (top := int(tokens.max())) >= vocab_size:
+    if vocab_size is not None and (top := highest_id(path, dtype)) >= vocab_size:
         raise UserError(f"{path}: token id {top} is beyond vocab_size {vocab_size}; set --vocab_size={top + 1} or "
                         "more, or delete the file, and it will be built again")
-    return tokens
+    return np.memmap(path, dtype, "r", HEADER, (count,))
 
 
 # ---- token sequences and corpora
@@ -240,15 +248,16 @@ class Corpus:
     enc: tiktoken.Encoding | None  # None: ids whose texts are not known, so there are no samples and no bits per byte
     fingerprint: str  # of the source texts, or of the shards
     description: str  # for the log
+    warnings: tuple[str, ...] = ()  # what the user must not miss
 
 
 def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_size: int) -> Corpus:
     """Token shards, by side, as a corpus. Raises UserError: a side is missing, a bad shard."""
     for side in ("train", "val"):
-        if side not in sides:
-            (there,) = sides.values()
-            raise UserError(f"--data={data}: no token shards *_{side}_*.bin beside {there[0].name}; give a folder, or "
-                            "a glob such as 'FOLDER/*.bin', that has both sides")
+        if not sides.get(side):
+            there = next(paths[0].name for paths in sides.values() if paths)
+            raise UserError(f"--data={data}: no token shards *_{side}_*.bin beside {there}; give a folder, or a glob "
+                            "such as 'FOLDER/*.bin', that has both sides, or shards by --val_data")
     enc = None if tokenizer in ("auto", "none") else get_tokenizer(tokenizer)
     limit = enc.n_vocab if enc else vocab_size or 1 << 32
     shards = {side: [open_shard(path, limit) for path in sides[side]] for side in ("train", "val")}
@@ -261,34 +270,36 @@ def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_
                   f"training and {len(val.shards)} with {len(val):,} validation tokens ({ids}).")
 
 
-def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", vocab_size: int = 0) -> Corpus:
+def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fraction: float = 0.1,
+            val_data: str = "", text_field: str = "text", vocab_size: int = 0) -> Corpus:  # fmt: skip
     """The tokens of `data`: "" = the default corpus; a text file or folder, encoded at first use into `cache_dir`; or
-    token shards, whose ids are the tokenizer's or, with "auto" and "none", below `vocab_size`. What a run writes,
-    `cache_dir` and `out_dir`, is no part of a text. Raises UserError: no text, unreadable, no room, a bad shard."""
+    token shards, whose ids are the tokenizer's or, with "auto" and "none", below `vocab_size`. Validation is
+    `val_data`, or `val_fraction` of a text; JSON lines have theirs in `text_field`. What a run writes, `cache_dir` and
+    `out_dir`, is no part of a text. Raises UserError: no text, unreadable, no room, a bad shard."""
     sides = find_shards(data, without=MAGIC) if data else {}  # a cache may lie beside its text
     if sides:
+        if val_data:
+            sides["val"] = [path for paths in find_shards(val_data, without=MAGIC).values() for path in paths]
         return shard_corpus(data, sides, tokenizer, vocab_size)
     enc = get_tokenizer(tokenizer)
     try:
         written = {Path(folder).expanduser().resolve() for folder in (cache_dir, out_dir) if folder}
-        source = user_source(data, written) if data else default_source()
-        fingerprint = source.fingerprint()
+        texts = read_texts(data, val_data, val_fraction, text_field, written)
         # Other ranks or another format never meet old files: all three are in the name.
-        key = hashlib.sha256(f"{fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
-        paths = [Path(cache_dir, f"{source.name}-{enc.name}-{key}-{side}.bin") for side in ("train", "val")]
-        for path, validation in zip(paths, (False, True), strict=True):
+        key = hashlib.sha256(f"{texts.fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
+        paths = [Path(cache_dir, f"{texts.name}-{enc.name}-{key}-{side}.bin") for side in ("train", "val")]
+        for path, part in zip(paths, texts.parts, strict=True):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_tokens(path, encode(source, enc, validation), enc, fingerprint)
+                write_tokens(path, encode(part, enc), enc, texts.fingerprint)
     except OSError as error:
         raise UserError(f"{error.filename or cache_dir}: {error.strerror or error}; the data must be readable (--data) "
                         "and the cache writable, with room (--cache_dir)") from error
-    tokens = [load_tokens(path, enc.n_vocab, fingerprint) for path in paths]
-    size = sum(file.size for file in source.files)
-    rule = "a tenth of the files, by path" if tail_cut(source) is None else "the last tenth of the text"
-    return Corpus(*tokens, enc, fingerprint, f"{source.title}: {len(source.files)} files, {size:,} bytes, "
-                  f"{len(tokens[0]):,} training and {len(tokens[1]):,} validation tokens ({enc.name}). Validation: "
-                  f"{rule}; {reasons(source.skipped)}.")
+    tokens = [load_tokens(path, enc.n_vocab, texts.fingerprint) for path in paths]
+    share = len(tokens[1]) / sum(map(len, tokens))
+    return Corpus(*tokens, enc, texts.fingerprint, f"{texts.title}, {len(tokens[0]):,} training and "
+                  f"{len(tokens[1]):,} validation tokens ({enc.name}). Validation: {share:.1%} of the tokens and "
+                  f"{texts.rule}.", (texts.warning,) if texts.warning else ())
 
 
 # ---- batches
@@ -386,6 +397,7 @@ class CommandConfig:
     """What the commands work on."""
 
     data: str = ""  # a text file or folder; empty: the Python standard library on this machine
+    text_field: str = "text"  # of JSON lines: where the text is
     tokenizer: str = "python4096"  # of shard and bench: a name, or the path of a rank file
     vocab_size: int = N_RANKS + 1  # of train_tokenizer: tokens, with <|endoftext|>
     cache_dir: str = "cache"  # folder of the token files
@@ -394,37 +406,21 @@ class CommandConfig:
         need(self, "vocab_size", self.vocab_size > 256, "256 bytes and <|endoftext|> need at least 257")
 
 
-def documents(tokens: np.memmap, eot: int) -> Iterator[str]:
-    """The texts of ids of the tokenizer `bytes`, one by one, the largest in parts."""
-    first = 0
-    for end in (*np.flatnonzero(tokens == eot), len(tokens)):
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        for at in range(first, end, PART):
-            yield decoder.decode(tokens[at:min(at + PART, end)].astype(np.uint8).tobytes())
-        first = end + 1
-
-
-def prepare_text(options: CommandConfig, tokenizer: str, out: Path) -> Corpus:
-    corpus = prepare(options.data, tokenizer, options.cache_dir, str(out))
-    if isinstance(corpus.train, Tokens):
-        raise UserError(f"--data={options.data} has token shards already: give a text")
-    return corpus
-
-
 def train_tokenizer(out: Path, options: CommandConfig) -> None:
     """Train ranks on the training side of a text and write them to a file."""
     if importlib.util.find_spec("rustbpe") is None:
         raise UserError("rustbpe, a tool for this command only, is not installed: pip install rustbpe==0.1.0")
     import rustbpe
 
-    corpus = prepare_text(options, "bytes", out)
+    text = read_texts(options.data, field=options.text_field)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(documents(corpus.train, corpus.enc.eot_token), options.vocab_size - 1, pattern=PATTERN)
+    pieces = filter(None, part_pieces(text.parts[0]))
+    trainer.train_from_iterator(pieces, options.vocab_size - 1, pattern=PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
     out.write_text("".join(lines), newline="\n")
-    same = "that of" if corpus.fingerprint == RANKS_CORPUS else "NOT that of"
-    print(f"{out}: {len(ranks)} ranks of a text that is {same} the shipped ranks ({corpus.fingerprint[:12]}). Use them "
+    same = "that of" if text.fingerprint == RANKS_CORPUS else "NOT that of"
+    print(f"{out}: {len(ranks)} ranks of {text.title}, {same} the shipped ranks ({text.fingerprint[:12]}). Use them "
           f"with --tokenizer={out} --vocab_size={len(ranks) + 1}")
 
 
@@ -432,7 +428,9 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
     """Write a text's tokens as shards into a folder that has none yet."""
     if any(out.glob("*.bin")):
         raise UserError(f"{out} has shards already: give an empty folder, or a new one")
-    corpus = prepare_text(options, options.tokenizer, out)
+    corpus = prepare(options.data, options.tokenizer, options.cache_dir, str(out), text_field=options.text_field)
+    if isinstance(corpus.train, Tokens):
+        raise UserError(f"--data={options.data} has token shards already: give a text")
     out.mkdir(parents=True, exist_ok=True)
     for side, ids in (("val", corpus.val), ("train", corpus.train)):
         write_shards(out, side, ids, corpus.enc.n_vocab)
@@ -443,11 +441,11 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
 def bench(options: CommandConfig) -> None:
     """Time what `prepare` does with a text's content beside one call of tiktoken, in turns."""
     enc = get_tokenizer(options.tokenizer)
-    source = user_source(options.data) if options.data else default_source()
-    text = "".join(part for file in source.files for part in texts(source.root / file.name))
+    texts = read_texts(options.data, field=options.text_field)
+    text = "".join(piece for part in texts.parts for piece in part_pieces(part))
 
     def ours() -> int:
-        return sum(len(ids) for validation in (False, True) for ids in encode(source, enc, validation))
+        return sum(len(ids) for part in texts.parts for ids in encode(part, enc))
 
     def single_call() -> int:
         return len(enc.encode_ordinary(text))
@@ -456,13 +454,13 @@ def bench(options: CommandConfig) -> None:
     began = time.perf_counter()
     while len(seconds[ours]) < 5 and time.perf_counter() - began < 15:
         for run, times in seconds.items():
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             run()
-            times.append(time.perf_counter() - start)
-    size = sum(file.size for file in source.files) / 1e6
-    mine, one = (statistics.median(times) for times in seconds.values())
-    print(f"{source.title}, {size:.1f} MB, tokenizer {enc.name}, medians of {len(seconds[ours])}: this program "
-          f"{size / mine:.1f} MB/s, one call of tiktoken {size / one:.1f} MB/s, ratio {one / mine:.2f}")
+            times.append((time.perf_counter() - start, time.process_time() - cpu))
+    size = sum(part.size for part in texts.parts) / 1e6
+    (mine, cpu), (one, _) = (map(statistics.median, zip(*times, strict=True)) for times in seconds.values())
+    print(f"{texts.title}, tokenizer {enc.name}, medians of {len(seconds[ours])}: this program "
+          f"{size / mine:.1f} MB/s (it got {cpu / mine:.1f} cores), one call of tiktoken {size / one:.1f} MB/s, ratio {one / mine:.2f}")
 
 
 def main(args: list[str]) -> None:
