@@ -460,7 +460,8 @@ def bench(options: CommandConfig) -> None:
     size = sum(part.size for part in texts.parts) / 1e6
     (mine, cpu), (one, _) = (map(statistics.median, zip(*times, strict=True)) for times in seconds.values())
     print(f"{texts.title}, tokenizer {enc.name}, medians of {len(seconds[ours])}: this program "
-          f"{size / mine:.1f} MB/s (it got {cpu / mine:.1f} cores), one call of tiktoken {size / one:.1f} MB/s, ratio {one / mine:.2f}")
+          f"{size / mine:.1f} MB/s (it got {cpu / mine:.1f} cores), one call of tiktoken {size / one:.1f} MB/s, "
+          f"ratio {one / mine:.2f}")
 
 
 def main(args: list[str]) -> None:
