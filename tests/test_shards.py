@@ -11,11 +11,14 @@ import types
 import numpy as np
 import pytest
 import requests
+import test_train
 import tiktoken
 import torch
 
 import data
+import sample
 import shards
+import train
 from configurator import UserError
 
 WIDTH = 1000  # ids of one shard are WIDTH * its number + position, so that an id says where it is from
@@ -396,6 +399,41 @@ def test_a_vocabulary_that_is_too_small_names_the_padded_one():
     enc = data.get_tokenizer("bytes")
     with pytest.raises(UserError, match="set --vocab_size=257 or more; 320 is padded to a multiple of 64"):
         data.token_bytes(enc, 256)
+
+
+# ---- training
+
+@pytest.mark.parametrize("sampling", ["random", "epochs"])
+def test_training_on_shards_is_training_on_their_text(sampling, tmp_path, monkeypatch, capsys):
+    """By a tokenizer that is named and by none, and stopped and resumed."""
+    out, cache = tmp_path / "shards", tmp_path / "cache"
+    data.main(["shard", str(out), f"--data={test_train.TEXT}", "--tokenizer=bytes", f"--cache_dir={cache}"])
+
+    def run(name: str, **more) -> int:
+        given = {"max_iters": 4, "eval_interval": 2, "sampling": sampling, "dtype": "float32"}
+        return train.main(test_train.options(tmp_path, name, **given, **more))
+
+    run("text")
+    run("named", data=out)
+    assert "bits/byte" in capsys.readouterr().out
+    run("none", data=out, tokenizer="none")
+    said = capsys.readouterr().out.split("\nstep     0 ")[1]
+    assert "nats/token" in said and "bits/byte" not in said and "sample" not in said
+    text, named, none = (test_train.records(tmp_path / name) for name in ("text", "named", "none"))
+    for key in ("loss", "val_loss", "val_bpb"):
+        assert [r.get(key) for r in text] == [r.get(key) for r in named]
+    for key in ("loss", "val_loss"):
+        assert [r.get(key) for r in text] == [r.get(key) for r in none]
+    assert not any("val_bpb" in r for r in none)
+    with pytest.raises(UserError, match="its ids have no text"):
+        sample.main([f"--out_dir={tmp_path / 'none'}", "--prompt=a"])
+
+    with monkeypatch.context() as patch:
+        test_train.interrupt_after(patch, 2)
+        assert run("part", data=out, tokenizer="none") == 130
+    train.main([f"--out_dir={tmp_path / 'part'}", "--resume"])
+    assert test_train.losses(tmp_path / "part") == test_train.losses(tmp_path / "none")
+    assert test_train.equal(*(test_train.weights(tmp_path / name) for name in ("part", "none")))
 
 
 # ---- commands
