@@ -25,11 +25,13 @@ run=(--out_dir="$out/run" --cache_dir="$out/cache" --device="$device")
 part device 15 "$python" -c "import machine, torch; print(machine.describe(torch.device('$device')))"
 part train 100 "$python" train.py config/small.toml "${run[@]}" --max_iters=100 --warmup_iters=20 --final_eval_iters=10
 part sample 30 "$python" sample.py --out_dir="$out/run" --device="$device" --prompt=def --max_new_tokens=200
-rm -rf "$out"/run/*.pt "$out/cache"  # gigabytes
-part tests 190 "$python" -m pytest -q -m cuda -rs --durations=15 -k "not bench"
+part nccl 60 "$python" -m torch.distributed.run --standalone --nproc_per_node=1 train.py --parallel=fsdp --device="$device" \
+    --out_dir="$out/fsdp" --cache_dir="$out/cache" --max_iters=30 --profile=3
+part tests 160 "$python" -m pytest -q -m cuda -rs --durations=15 -k "not bench"
 part length 80 "$python" bench.py length --device="$device" --only="attention 16384 bfloat16" --json="$out/length.json"
-part bench 180 "$python" bench.py --device="$device" --json="$out/bench.json"
+part bench 150 "$python" bench.py --device="$device" --json="$out/bench.json"
 
+rm -rf "$out"/{run,fsdp}/*.pt "$out"/fsdp/shards-* "$out/cache"  # gigabytes
 if [ -n "$failed" ]; then
     echo "failed:$failed"
     exit 1

@@ -567,7 +567,7 @@ def test_the_gpu_script_runs_every_part_and_names_those_that_fail(tmp_path):
     done = subprocess.run([script, tmp_path / "out", stub, "cpu"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "failed: sample", done.stdout + done.stderr
     names = {path.stem for path in (tmp_path / "out").glob("*.txt")}
-    assert names == {"device", "train", "sample", "tests", "length", "bench"}
+    assert names == {"device", "train", "sample", "nccl", "tests", "length", "bench"}
     texts = {name: (tmp_path / "out" / f"{name}.txt").read_text() for name in names}
     assert "-m pytest -q -m cuda" in texts["tests"] and "--device=cpu" in texts["bench"]
     stub.write_text("#!/bin/sh\n")

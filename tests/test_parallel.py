@@ -28,6 +28,7 @@ import sample
 import train
 from configurator import UserError
 from data import eval_batches
+from machine import compile_blocks
 from model import Hydra, HydraConfig
 from parallel import Ranks
 from runs import Progress
@@ -330,7 +331,7 @@ def test_a_sharded_checkpoint_is_whole_before_it_is_named(alone, tmp_path, monke
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_compiled_blocks_stay_one_graph_each(alone, mode, monkeypatch):
     """Compiled inside of DDP and under FSDP2's hooks: no graph more than in one process, and its gradients."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # graphs, without their kernels
+    monkeypatch.setattr("model.compile_blocks", partial(compile_blocks, backend="aot_eager"))  # without kernels
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, trained, optimizer, batches = tiny("none")

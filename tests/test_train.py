@@ -707,7 +707,7 @@ def test_a_run_needs_few_graphs(tmp_path, monkeypatch, changes, most):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: real(self, backend=counter, **keys))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **keys: real(self, **keys | {"backend": counter}))
     train.main(options(tmp_path, "run", max_iters=4, eval_interval=2, compile="on", **changes))
     assert counter.frame_count <= most
 
