@@ -34,7 +34,7 @@ from formats import CHUNK, MAGIC, TextFile, Unfit, inspect, pieces
 
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
-RUN_FILES = {"config.toml", "log.jsonl", "last.pt", "best.pt"}
+RUN_FILES = {"config.toml", "log.jsonl", "last.pt", "best.pt", "trace.json", "memory.pickle"}
 HIDDEN, WRITTEN, LINKED = "hidden", "with a run or a cache in it", "links to what is above, elsewhere or seen"
 NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or stripped

@@ -462,6 +462,16 @@ def test_a_single_file_gives_its_tail_to_validation(text, chunk, tmp_path, monke
     assert train + val == text and train and val
     assert text[0] != "l" or train.endswith("\r\n")  # at a line's end, where one is near
     assert len(text) < 9 or abs(len(val.encode()) / len(text.encode()) - 0.1) < 0.011
+    (train,), (val,) = both(prepare(tmp_path / "one.txt", tmp_path, val_fraction=0.95))  # all of the text is near it
+    assert train + val == text and train and val
+
+
+@pytest.mark.parametrize("texts", [["abc", "🐍"], ["🐍a"], ["🐍", "a"], ["數", "é"], ["a🐍", "b"]])
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_the_smallest_texts_have_two_sides(texts, fraction, tmp_path):
+    root = write_folder(tmp_path / "in", {f"{i}.txt": text for i, text in enumerate(texts)})
+    train, val = both(prepare(root, tmp_path, val_fraction=fraction))
+    assert train and val and sorted("".join(train + val)) == sorted("".join(texts))
 
 
 def test_two_files_of_which_one_is_a_licence(tmp_path):
