@@ -1,12 +1,14 @@
 """Text in, batches of tokens out, all of it offline unless a tokenizer must be downloaded.
 
 - The texts and their split: sources.py.
-- Tokenizers: `python4096` (its ranks are shipped), `bytes`, and the named encodings of tiktoken, downloaded by it.
-- Token files with a checked header, memory-mapped. Batches: a pure function of (seed, step), nothing to save or to
-  replay; evaluation windows meet every target exactly once.
-`python data.py train_tokenizer OUT` wrote config/python4096.tiktoken, and writes the same bytes wherever the default
-corpus has the fingerprint RANKS_CORPUS.
-Left out: shuffled epochs (a batch is drawn with replacement), padding between documents, other formats than text.
+- Tokenizers: `python4096` (its ranks are shipped), `bytes`, a rank file of your own, and the named encodings of
+  tiktoken, downloaded by it.
+- Token files with a checked header, memory-mapped. Token shards of other projects: shards.py.
+- Batches: a pure function of (seed, step), drawn with replacement or in shuffled epochs, nothing to save or to replay;
+  evaluation windows meet every target exactly once. No window crosses from one shard into the next.
+`python data.py --help` lists the commands. `train_tokenizer OUT` wrote config/python4096.tiktoken, and writes the same
+bytes wherever the default corpus has the fingerprint RANKS_CORPUS.
+Left out: padding between documents.
 """
 
 import base64
@@ -16,8 +18,11 @@ import importlib.util
 import json
 import math
 import os
+import re
+import statistics
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +30,10 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import UserError, cli
-from sources import default_source, encode, is_validation, reasons, tail_cut, texts, user_source
+from configurator import UserError, build, cli, need, parse
+from formats import MAGIC
+from shards import Shard, find_shards, open_shard, write_shards
+from sources import encode, part_pieces, read_texts
 
 EOT = "<|endoftext|>"
 RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
@@ -36,20 +43,21 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 # the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
-MAGIC, VERSION, HEADER = b"HYDRATOK", 1, 1024  # raise VERSION with any change of header, split or choice of files
+VERSION, HEADER = 2, 1024  # raise VERSION with any change of header, split or choice of files
+USAGE = "python data.py (train_tokenizer OUT, shard OUT or bench) [--key=value ...], see --help"
 
 
 # ---- tokenizers
 
-def read_ranks(path: Path) -> dict[bytes, int]:
+def read_ranks(path: Path, remedy: str) -> dict[bytes, int]:
     """The `base64 rank` lines of a file. Not tiktoken's own reader: that one caches by path and returns stale ranks."""
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read the ranks ({error}); restore it from the repository") from error
+        raise UserError(f"{path}: cannot read the ranks ({error}); {remedy}") from error
     # A byte without a rank would end the process later, at encoding, with a panic that is not even an Exception.
-    if sorted(ranks.values()) != list(range(N_RANKS)) or not all(bytes([b]) in ranks for b in range(256)):
-        raise UserError(f"{path}: not {N_RANKS} ranks with all 256 bytes; restore it from the repository")
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise UserError(f"{path}: not ranks from 0 on, each once, with all 256 bytes; {remedy}")
     return ranks
 
 
@@ -58,39 +66,73 @@ def make_encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
+def shipped_ranks() -> dict[bytes, int]:
+    """python4096's."""
+    ranks = read_ranks(RANKS, "restore it from the repository")
+    if len(ranks) != N_RANKS:
+        raise UserError(f"{RANKS}: {len(ranks)} ranks, not {N_RANKS}; restore it from the repository")
+    return ranks
+
+
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """"python4096", "bytes" or a named encoding of tiktoken. Raises UserError: unknown name, failed download."""
-    if name == "python4096":
-        return make_encoding(name, PATTERN, read_ranks(RANKS))
+    """"python4096" (and "auto"), "bytes", a named encoding of tiktoken or the path of a rank file, whose words are
+    PATTERN's. Raises UserError: unknown name, no ranks, failed download."""
+    if name in ("python4096", "auto"):
+        return make_encoding("python4096", PATTERN, shipped_ranks())
     if name == "bytes":
         return make_encoding(name, "(?s:.{1,64})", {bytes([b]): b for b in range(256)})
+    if name == "none":
+        raise UserError("tokenizer 'none' is for token shards; a text needs one, e.g. --tokenizer=python4096")
     names = ["python4096", "bytes", *tiktoken.list_encoding_names()]
+    path = Path(name).expanduser()
+    if name not in names and (path.is_file() or len(path.parts) > 1 or path.suffix):
+        ranks = read_ranks(path, "give a file that `python data.py train_tokenizer OUT` wrote")
+        return make_encoding(re.sub(r"[^\w.-]", "_", path.stem)[:40], PATTERN, ranks)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
-        raise UserError(f"unknown tokenizer {name!r}: did you mean {', '.join(near)}?")
+        raise UserError(f"unknown tokenizer {name!r}: did you mean {', '.join(near)}, or the path of a rank file?")
     try:  # requests' errors are OSErrors; a download with a wrong hash is a ValueError
         enc = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name!r} is not here and its download failed ({type(error).__name__}): go online "
                         "once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=python4096 "
-                        "or --tokenizer=bytes, which need no download") from error
+                        "or --tokenizer=bytes, which need no download; token shards train without a tokenizer, by "
+                        "--tokenizer=none --vocab_size=N") from error
     if EOT not in enc.special_tokens_set:
         raise UserError(f"tokenizer {name!r} has no {EOT} to end a text with: use another, e.g. --tokenizer=python4096")
     return enc
 
 
-def tokenizer_hash(enc: tiktoken.Encoding) -> str:
-    """sha256 of all that decides the ids of a text: pattern, special tokens, ranks."""
+def tokenizer_hash(enc: tiktoken.Encoding | None) -> str:
+    """sha256 of all that decides the ids of a text: pattern, special tokens, ranks; "none" of no tokenizer."""
+    if enc is None:
+        return "none"
     parts = (enc._pat_str, sorted(enc._special_tokens.items()), sorted(enc._mergeable_ranks.items()))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def token_bytes(enc: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
-    """int64 [vocab_size]: the bytes of each id, 0 for special and unused ids. Bits per byte = nats / ln 2 / bytes."""
-    if vocab_size < enc.n_vocab:
-        raise UserError(f"vocab_size {vocab_size} is smaller than the {enc.n_vocab} tokens of {enc.name!r}: set "
-                        f"--vocab_size={enc.n_vocab} or more")
+def stored_tokenizer(name: str, stored_hash: str) -> tiktoken.Encoding:
+    """The tokenizer of a run, which stored its name and hash. Raises UserError: it had none, or it has changed."""
+    if stored_hash == "none":
+        raise UserError("the run was trained on token shards without a tokenizer, so its ids have no text: train with "
+                        "--tokenizer=NAME or PATH to sample text")
+    enc = get_tokenizer(name)
+    if tokenizer_hash(enc) != stored_hash:
+        raise UserError(f"tokenizer {name!r} has changed since the run began ({tokenizer_hash(enc)[:12]}, not "
+                        f"{stored_hash[:12]}): restore it")
+    return enc
+
+
+def token_bytes(enc: tiktoken.Encoding | None, vocab_size: int) -> np.ndarray:
+    """int64 [vocab_size]: the bytes of each id, 0 for special and unused ids and without a tokenizer. Bits per byte =
+    nats / ln 2 / bytes."""
     lengths = np.zeros(vocab_size, np.int64)
+    if enc is None:
+        return lengths
+    if vocab_size < enc.n_vocab:
+        padded = math.ceil(enc.n_vocab / 64) * 64
+        raise UserError(f"vocab_size {vocab_size} is smaller than the {enc.n_vocab} tokens of {enc.name!r}: set "
+                        f"--vocab_size={enc.n_vocab} or more; {padded} is padded to a multiple of 64")
     for token, rank in enc._mergeable_ranks.items():
         lengths[rank] = len(token)
     return lengths
@@ -111,7 +153,7 @@ def text_of(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
 
 # ---- token files
 
-def write_tokens(path: Path, ids: Iterator[list[int]], enc: tiktoken.Encoding, source: str) -> None:
+def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encoding, source: str) -> None:
     """A token file: a header of HEADER bytes (MAGIC, JSON, spaces), then the ids. Complete, or not there at all."""
     dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
     temporary, count = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"), 0
@@ -128,6 +170,16 @@ def write_tokens(path: Path, ids: Iterator[list[int]], enc: tiktoken.Encoding, s
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def highest_id(path: str | Path, dtype: np.dtype) -> int:
+    """Of a token file. It is read, not mapped: the pages of a map that were touched count as memory of the process."""
+    top = 0
+    with open(path, "rb") as file:
+        file.seek(HEADER)
+        while len(some := np.fromfile(file, dtype, 1 << 22)):
+            top = max(top, int(some.max()))
+    return top
 
 
 def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | None = None) -> np.memmap:
@@ -159,46 +211,95 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | N
         raise bad("made from another text")
     if count < 2:
         raise bad(f"too short, {count} tokens")
-    tokens = np.memmap(path, dtype, "r", HEADER, (count,))
-    if vocab_size is not None and (top := int(tokens.max())) >= vocab_size:
+    if vocab_size is not None and (top := highest_id(path, dtype)) >= vocab_size:
         raise UserError(f"{path}: token id {top} is beyond vocab_size {vocab_size}; set --vocab_size={top + 1} or "
                         "more, or delete the file, and it will be built again")
-    return tokens
+    return np.memmap(path, dtype, "r", HEADER, (count,))
+
+
+# ---- token sequences and corpora
+
+class Tokens:
+    """Token ids in one or more shards, each an array or a Shard. len() counts all ids; no window crosses shards."""
+
+    def __init__(self, shards: Sequence[np.ndarray | Shard]):
+        self.shards = shards
+        self.lengths = np.array([len(shard) for shard in shards], np.int64)
+
+    def __len__(self) -> int:
+        return int(self.lengths.sum())
+
+    def windows(self, numbers: np.ndarray, counts: np.ndarray, stride: int, size: int) -> list[np.ndarray]:
+        """The windows of these numbers: shard i has counts[i] of them, `stride` ids apart, of up to `size` ids."""
+        ends = np.cumsum(counts)
+        shards = np.searchsorted(ends, numbers, side="right")
+        firsts = (numbers - (ends - counts)[shards]) * stride
+        return [self.shards[i][first:first + size] for i, first in zip(shards, firsts, strict=True)]
+
+
+def as_tokens(tokens: np.ndarray | Tokens) -> Tokens:
+    return tokens if isinstance(tokens, Tokens) else Tokens([tokens])
 
 
 @dataclass(frozen=True)
 class Corpus:
-    train: np.memmap  # token ids
-    val: np.memmap
-    enc: tiktoken.Encoding
-    fingerprint: str  # of the source texts
+    train: np.memmap | Tokens  # token ids
+    val: np.memmap | Tokens
+    enc: tiktoken.Encoding | None  # None: ids whose texts are not known, so there are no samples and no bits per byte
+    fingerprint: str  # of the source texts, or of the shards
     description: str  # for the log
+    warnings: tuple[str, ...] = ()  # what the user must not miss
 
 
-def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "") -> Corpus:
-    """The tokens of `data` ("" = the default corpus, else a file or folder), encoded at first use into `cache_dir`.
-    What a run writes, `cache_dir` and `out_dir`, is no part of it. Raises UserError: no text, unreadable, no room."""
+def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_size: int) -> Corpus:
+    """Token shards, by side, as a corpus. Raises UserError: a side is missing, a bad shard."""
+    for side in ("train", "val"):
+        if not sides.get(side):
+            there = next(paths[0].name for paths in sides.values() if paths)
+            raise UserError(f"--data={data}: no token shards *_{side}_*.bin beside {there}; give a folder, or a glob "
+                            "such as 'FOLDER/*.bin', that has both sides, or shards by --val_data")
+    enc = None if tokenizer in ("auto", "none") else get_tokenizer(tokenizer)
+    limit = enc.n_vocab if enc else vocab_size or 1 << 32
+    shards = {side: [open_shard(path, limit) for path in sides[side]] for side in ("train", "val")}
+    digest = hashlib.sha256()
+    for shard in (*shards["train"], *shards["val"]):
+        digest.update(shard.sample())
+    train, val = (Tokens(side) for side in shards.values())
+    ids = f"ids of {enc.name}" if enc else "ids of a tokenizer that is not named: nats per token only, no samples"
+    return Corpus(train, val, enc, digest.hexdigest(), f"{data}: token shards, {len(train.shards)} with {len(train):,} "
+                  f"training and {len(val.shards)} with {len(val):,} validation tokens ({ids}).")
+
+
+def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fraction: float = 0.1,
+            val_data: str = "", text_field: str = "text", vocab_size: int = 0) -> Corpus:  # fmt: skip
+    """The tokens of `data`: "" = the default corpus; a text file or folder, encoded at first use into `cache_dir`; or
+    token shards, whose ids are the tokenizer's or, with "auto" and "none", below `vocab_size`. Validation is
+    `val_data`, or `val_fraction` of a text; JSON lines have theirs in `text_field`. What a run writes, `cache_dir` and
+    `out_dir`, is no part of a text. Raises UserError: no text, unreadable, no room, a bad shard."""
+    sides = find_shards(data, without=MAGIC) if data else {}  # a cache may lie beside its text
+    if sides:
+        if val_data:
+            sides["val"] = [path for paths in find_shards(val_data, without=MAGIC).values() for path in paths]
+        return shard_corpus(data, sides, tokenizer, vocab_size)
     enc = get_tokenizer(tokenizer)
     try:
         written = {Path(folder).expanduser().resolve() for folder in (cache_dir, out_dir) if folder}
-        source = user_source(data, written) if data else default_source()
-        fingerprint = source.fingerprint()
+        texts = read_texts(data, val_data, val_fraction, text_field, written)
         # Other ranks or another format never meet old files: all three are in the name.
-        key = hashlib.sha256(f"{fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
-        paths = [Path(cache_dir, f"{source.name}-{tokenizer}-{key}-{side}.bin") for side in ("train", "val")]
-        for path, validation in zip(paths, (False, True), strict=True):
+        key = hashlib.sha256(f"{texts.fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
+        paths = [Path(cache_dir, f"{texts.name}-{enc.name}-{key}-{side}.bin") for side in ("train", "val")]
+        for path, part in zip(paths, texts.parts, strict=True):
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_tokens(path, encode(source, enc, validation), enc, fingerprint)
+                write_tokens(path, encode(part, enc), enc, texts.fingerprint)
     except OSError as error:
         raise UserError(f"{error.filename or cache_dir}: {error.strerror or error}; the data must be readable (--data) "
                         "and the cache writable, with room (--cache_dir)") from error
-    tokens = [load_tokens(path, enc.n_vocab, fingerprint) for path in paths]
-    size = sum(file.size for file in source.files)
-    rule = "a tenth of the files, by path" if tail_cut(source) is None else "the last tenth of the text"
-    return Corpus(*tokens, enc, fingerprint, f"{source.title}: {len(source.files)} files, {size:,} bytes, "
-                  f"{len(tokens[0]):,} training and {len(tokens[1]):,} validation tokens ({tokenizer}). Validation: "
-                  f"{rule}; {reasons(source.skipped)}.")
+    tokens = [load_tokens(path, enc.n_vocab, texts.fingerprint) for path in paths]
+    share = len(tokens[1]) / sum(map(len, tokens))
+    return Corpus(*tokens, enc, texts.fingerprint, f"{texts.title}, {len(tokens[0]):,} training and "
+                  f"{len(tokens[1]):,} validation tokens ({enc.name}). Validation: {share:.1%} of the tokens and "
+                  f"{texts.rule}.", (texts.warning,) if texts.warning else ())
 
 
 # ---- batches
@@ -206,53 +307,179 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "") -> Cor
 Batch = tuple[torch.Tensor, torch.Tensor]  # x and y, int64 [batch_size, block_size], y one token ahead of x
 
 
-def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, seed: int, step: int,
+def pairs(windows: list[np.ndarray]) -> Batch:
+    ids = torch.from_numpy(np.stack(windows).astype(np.int64))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def too_short(tokens: Tokens, block_size: int) -> UserError:
+    where = "the training text" if len(tokens.shards) == 1 else "the longest training shard"
+    return UserError(f"block_size {block_size} needs {block_size + 1} tokens, {where} has {tokens.lengths.max()}: "
+                     "set a smaller --block_size or give more text with --data")
+
+
+def get_batch(tokens: np.ndarray | Tokens, batch_size: int, block_size: int, seed: int, step: int,
               rows: slice = slice(None)) -> Batch:  # fmt: skip
-    """A pure function of (seed, step), or of it these `rows`. Raises UserError: fewer tokens than one window."""
-    if len(tokens) <= block_size:
-        raise UserError(f"block_size {block_size} needs {block_size + 1} tokens, the training text has {len(tokens)}: "
-                        "set a smaller --block_size or give more text with --data")
-    first = np.random.default_rng([seed, step, 0]).integers(len(tokens) - block_size, size=batch_size)[rows]
-    texts = torch.from_numpy(tokens[first[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    return texts[:, :-1].contiguous(), texts[:, 1:].contiguous()
+    """Windows drawn from all that there are: a pure function of (seed, step), or of it these `rows`. Raises UserError:
+    fewer tokens than one window."""
+    tokens = as_tokens(tokens)
+    counts = np.maximum(tokens.lengths - block_size, 0)
+    if not counts.any():
+        raise too_short(tokens, block_size)
+    numbers = np.random.default_rng([seed, step, 0]).integers(int(counts.sum()), size=batch_size)[rows]
+    return pairs(tokens.windows(numbers, counts, 1, block_size + 1))
 
 
-def eval_batches(tokens: np.ndarray, batch_size: int, block_size: int, max_batches: int = 0) -> Iterator[Batch]:
+def shuffled(places: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
+    """What stands at `places` in a random order of range(count), of which nothing else is computed: a Feistel network
+    permutes the numbers of 2 * half bits, whatever its rounds are, and is walked until it is back below `count`."""
+    half = np.uint64(max(1, math.ceil((count - 1).bit_length() / 2)))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.default_rng([seed, epoch, 1]).integers(1 << 64, size=8, dtype=np.uint64)
+
+    def permuted(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return left << half | right
+
+    found = permuted(places.astype(np.uint64))
+    while (outside := found >= count).any():
+        found[outside] = permuted(found[outside])
+    return found.astype(np.int64)
+
+
+def epoch_batch(tokens: np.ndarray | Tokens, batch_size: int, block_size: int, seed: int, step: int,
+                rows: slice = slice(None)) -> Batch:  # fmt: skip
+    """The windows side by side of every shard, each once in an epoch, in an order of the epoch's own: a pure function
+    of (seed, step), or of it these `rows`. Less than a window at a shard's end is left out. Raises as get_batch."""
+    tokens = as_tokens(tokens)
+    counts = np.maximum(tokens.lengths - 1, 0) // block_size
+    windows = int(counts.sum())
+    if windows == 0:
+        raise too_short(tokens, block_size)
+    places = step * batch_size + np.arange(batch_size)[rows]
+    epochs = places // windows  # one, or more where an epoch ends within the batch
+    numbers = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        numbers[epochs == epoch] = shuffled(places[epochs == epoch] % windows, windows, seed, int(epoch))
+    return pairs(tokens.windows(numbers, counts, block_size, block_size + 1))
+
+
+def eval_batches(tokens: np.ndarray | Tokens, batch_size: int, block_size: int,
+                 max_batches: int = 0) -> Iterator[Batch]:  # fmt: skip
     """Windows side by side that meet each target once; or max_batches of them, evenly spread. All of one shape, for a
-    compiled model: where the text or the windows end, x is padded with 0 and y with -1, which the loss ignores."""
-    if len(tokens) < 2:
+    compiled model: where a shard or the windows end, x is padded with 0 and y with -1, which the loss ignores."""
+    tokens = as_tokens(tokens)
+    targets = np.maximum(tokens.lengths - 1, 0)  # the first id of a shard is none
+    counts = (targets + block_size - 1) // block_size  # rounded up
+    windows = int(counts.sum())
+    if windows == 0:
         raise UserError(f"{len(tokens)} validation tokens are too few to evaluate on: give more text with --data")
-    windows = math.ceil((len(tokens) - 1) / block_size)
     chosen = min(windows, max_batches * batch_size) if max_batches else windows
-    firsts = np.arange(chosen) * windows // chosen * block_size
-    for batch in np.split(firsts, range(batch_size, chosen, batch_size)):
+    numbers = np.arange(chosen) * windows // chosen
+    for batch in np.split(numbers, range(batch_size, chosen, batch_size)):
         x = torch.zeros(batch_size, block_size, dtype=torch.int64)
         y = torch.full((batch_size, block_size), -1)
-        for row, first in enumerate(batch):
-            window = torch.from_numpy(tokens[first:first + block_size + 1].astype(np.int64))
+        for row, ids in enumerate(tokens.windows(batch, counts, block_size, block_size + 1)):
+            window = torch.from_numpy(ids.astype(np.int64))
             x[row, :len(window) - 1] = window[:-1]
             y[row, :len(window) - 1] = window[1:]
         yield x, y
 
 
-def main(args: list[str]) -> None:
-    """Train python4096's ranks on the training side of the default corpus and write them to a file."""
-    if len(args) != 2 or args[0] != "train_tokenizer":
-        raise UserError(f"{' '.join(args)!r} is no command of this file: python data.py train_tokenizer OUT")
+# ---- commands
+
+@dataclass(frozen=True)
+class CommandConfig:
+    """What the commands work on."""
+
+    data: str = ""  # a text file or folder; empty: the Python standard library on this machine
+    text_field: str = "text"  # of JSON lines: where the text is
+    tokenizer: str = "python4096"  # of shard and bench: a name, or the path of a rank file
+    vocab_size: int = N_RANKS + 1  # of train_tokenizer: tokens, with <|endoftext|>
+    cache_dir: str = "cache"  # folder of the token files
+
+    def __post_init__(self):
+        need(self, "vocab_size", self.vocab_size > 256, "256 bytes and <|endoftext|> need at least 257")
+
+
+def train_tokenizer(out: Path, options: CommandConfig) -> None:
+    """Train ranks on the training side of a text and write them to a file."""
     if importlib.util.find_spec("rustbpe") is None:
         raise UserError("rustbpe, a tool for this command only, is not installed: pip install rustbpe==0.1.0")
     import rustbpe
 
-    source = default_source()
+    text = read_texts(options.data, field=options.text_field)
     trainer = rustbpe.Tokenizer()
-    train = ("".join(texts(source.root / file.name)) for file in source.files if not is_validation(file.name))
-    trainer.train_from_iterator(train, N_RANKS, pattern=PATTERN)
+    pieces = filter(None, part_pieces(text.parts[0]))
+    trainer.train_from_iterator(pieces, options.vocab_size - 1, pattern=PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
-    Path(args[1]).write_text("".join(lines), newline="\n")
-    fingerprint = source.fingerprint()
-    same = "that of" if fingerprint == RANKS_CORPUS else "NOT that of"
-    print(f"{args[1]}: {len(ranks)} ranks from the {source.title}, {same} the shipped ranks ({fingerprint[:12]})")
+    out.write_text("".join(lines), newline="\n")
+    same = "that of" if text.fingerprint == RANKS_CORPUS else "NOT that of"
+    print(f"{out}: {len(ranks)} ranks of {text.title}, {same} the shipped ranks ({text.fingerprint[:12]}). Use them "
+          f"with --tokenizer={out} --vocab_size={len(ranks) + 1}")
+
+
+def write_corpus(out: Path, options: CommandConfig) -> None:
+    """Write a text's tokens as shards into a folder that has none yet."""
+    if any(out.glob("*.bin")):
+        raise UserError(f"{out} has shards already: give an empty folder, or a new one")
+    corpus = prepare(options.data, options.tokenizer, options.cache_dir, str(out), text_field=options.text_field)
+    if isinstance(corpus.train, Tokens):
+        raise UserError(f"--data={options.data} has token shards already: give a text")
+    out.mkdir(parents=True, exist_ok=True)
+    for side, ids in (("val", corpus.val), ("train", corpus.train)):
+        write_shards(out, side, ids, corpus.enc.n_vocab)
+    print(f"{out}: {corpus.description} Train on them with --data={out} --tokenizer={options.tokenizer} "
+          f"--vocab_size={corpus.enc.n_vocab}")
+
+
+def bench(options: CommandConfig) -> None:
+    """Time what `prepare` does with a text's content beside one call of tiktoken, in turns."""
+    enc = get_tokenizer(options.tokenizer)
+    texts = read_texts(options.data, field=options.text_field)
+    text = "".join(piece for part in texts.parts for piece in part_pieces(part))
+
+    def ours() -> int:
+        return sum(len(ids) for part in texts.parts for ids in encode(part, enc))
+
+    def single_call() -> int:
+        return len(enc.encode_ordinary(text))
+
+    seconds: dict = {ours: [], single_call: []}
+    began = time.perf_counter()
+    while len(seconds[ours]) < 5 and time.perf_counter() - began < 15:
+        for run, times in seconds.items():
+            start, cpu = time.perf_counter(), time.process_time()
+            run()
+            times.append((time.perf_counter() - start, time.process_time() - cpu))
+    size = sum(part.size for part in texts.parts) / 1e6
+    (mine, cpu), (one, _) = (map(statistics.median, zip(*times, strict=True)) for times in seconds.values())
+    print(f"{texts.title}, tokenizer {enc.name}, medians of {len(seconds[ours])}: this program "
+          f"{size / mine:.1f} MB/s (it got {cpu / mine:.1f} cores), one call of tiktoken {size / one:.1f} MB/s, "
+          f"ratio {one / mine:.2f}")
+
+
+def main(args: list[str]) -> None:
+    words = [arg for arg in args if not arg.startswith("-")]
+    given = parse([arg for arg in args if arg.startswith("-")], CommandConfig, doc=f"usage: {USAGE}")
+    (options,) = build(given, CommandConfig)
+    try:
+        if words == ["bench"]:
+            bench(options)
+        elif len(words) == 2 and words[0] == "train_tokenizer":
+            train_tokenizer(Path(words[1]), options)
+        elif len(words) == 2 and words[0] == "shard":
+            write_corpus(Path(words[1]), options)
+        else:
+            raise UserError(f"{' '.join(words)!r} is no command of this file: {USAGE}")
+    except OSError as error:
+        raise UserError(f"{error.filename or words[-1]}: {error.strerror}; texts must be readable, and OUT writable, "
+                        "with room") from error
 
 
 if __name__ == "__main__":

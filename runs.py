@@ -209,13 +209,19 @@ def truncate_log(path: Path, step: int, evaluates: bool) -> float:
             record = dict(json.loads(line))
         except (ValueError, TypeError):  # it was cut
             continue
-        first = step if evaluates and "val_bpb" in record else step + 1
+        first = step if evaluates and "val_loss" in record else step + 1
         if record.get("step", 0) < first:
             kept += line + "\n"
             if record.get("best"):
                 best = record["val_loss"]  # those only fall
     write_text(path, kept)
     return best
+
+
+def losses(found: dict) -> str:
+    """An evaluation in words: without bits per byte where the tokens' bytes are not known."""
+    text = f"{found['val_loss']:.4f} nats/token"
+    return f"{text}, {found['val_bpb']:.4f} bits/byte" if "val_bpb" in found else text
 
 
 class RunLog:
@@ -245,8 +251,8 @@ class RunLog:
 
     def evaluation(self, record: dict) -> None:
         self.write(record)
-        text = "step {step:5d} | validation {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte".format_map(record)
-        print(text + (" (best)" if record["best"] else ""), flush=True)
+        best = " (best)" if record["best"] else ""
+        print(f"step {record['step']:5d} | validation {losses(record)}{best}", flush=True)
 
     def give_up(self, step: int, message: str, kept: str) -> int:
         """The run's last record; its exit code."""
@@ -258,9 +264,9 @@ class RunLog:
         """The number to compare, of so many `batches`, 0 = all."""
         self.write(record | {"final": True})
         part = f"{batches} batches of the" if batches else "whole"
-        text = (part + " validation split: {val_loss:.4f} nats/token, {val_bpb:.4f} bits/byte; ").format_map(record)
+        text = f"{part} validation split: {losses(record)}; "
         text += f"{seconds:.0f} s in all, at most {record['peak_memory'] / 1e6:,.0f} MB of memory"
-        if record["step"]:
+        if record["step"] and "val_bpb" in record:  # else its ids have no text
             text += f"; sample it with: python sample.py --out_dir={out_dir} --prompt=import"
         print(text, flush=True)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accounting import count_params, state_bytes
 from configurator import UserError, build, cli, need, parse
-from data import get_tokenizer, text_of, token_text
+from data import stored_tokenizer, text_of, token_text
 from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
 from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth
 from model import Hydra, HydraConfig
@@ -71,6 +71,7 @@ def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tikt
     if not path.exists() and path.with_name("last.pt").exists():
         raise UserError(f"{path} does not exist, the run was not evaluated yet: use --checkpoint=last")
     checkpoint, notes = load_checkpoint(path, {"model_config": HydraConfig}, device)
+    enc = stored_tokenizer(checkpoint["train_config"]["tokenizer"], checkpoint["tokenizer"])
     # the core that trained may not run here, eager and on another device
     (config,) = build(checkpoint["model_config"] | {"attn_backend": "auto"}, HydraConfig)
     model = Hydra(config).to(device).eval()
@@ -83,7 +84,7 @@ def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tikt
         problem = pack(model)
         if problem:
             notes.append(f"plain weights, 1.3-2 times slower: {problem}")
-    return model, get_tokenizer(checkpoint["train_config"]["tokenizer"]), notes
+    return model, enc, notes
 
 
 def write(steps: Iterator[Tensor], prompts: list[str], enc: tiktoken.Encoding):

@@ -25,7 +25,7 @@ import runs
 from accounting import count_params, flops_per_token, plan_lines
 from attention import KINDS, letters_help
 from configurator import build, cli, need, parse, to_toml
-from data import Batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
+from data import Batch, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from generate import continue_text
 from layers import IGNORE
 from machine import DTYPES, Prefetch, choose_machine, peak_memory
@@ -42,8 +42,9 @@ class TrainConfig:
 
     out_dir: str = "out"  # folder of the run: checkpoints, log, configuration
     resume: bool = False  # go on from OUT_DIR/last.pt with its configuration
-    data: str = ""  # a text file or folder to train on; empty: the Python standard library on this machine
-    tokenizer: str = "python4096"  # python4096, bytes, or an encoding of tiktoken such as gpt2 (downloaded once)
+    data: str = ""  # a text file or folder, or token shards (folder or glob); empty: this machine's standard library
+    tokenizer: str = "auto"  # auto (texts: python4096, shards: none), bytes, gpt2 or another of tiktoken, a rank file
+    sampling: str = "random"  # of windows: random, with replacement; or epochs, each once in an order of its own
     cache_dir: str = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward, over all processes
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
@@ -82,6 +83,7 @@ class TrainConfig:
         remedy = "it needs its loss scaled, which is left out here: use bfloat16"
         need(self, "dtype", self.dtype != "float16", remedy)
         need(self, "dtype", self.dtype in ("auto", *DTYPES), "use auto, float32 or bfloat16")
+        need(self, "sampling", self.sampling in ("random", "epochs"), "use random or epochs")
         need(self, "recompute", self.recompute in ("none", "block"), "use none or block")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
         need(self, "parallel", self.parallel in ("auto", "ddp", "fsdp"), "use auto, ddp or fsdp")
@@ -148,10 +150,10 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
 
 
 @torch.no_grad()
-def evaluate(model: Hydra, tokens: np.ndarray, bytes_V: Tensor, batch_size: int, batches: int,
+def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_size: int, batches: int,
              device: torch.device, ranks: Ranks = ALONE) -> dict[str, float]:  # fmt: skip
-    """val_loss (mean nats per token) and val_bpb (bits per byte) over `batches` batches of `tokens`, 0 = over all of
-    it; with routers what they did by the causal rule in the last one."""
+    """val_loss (mean nats per token) and, where bytes are known, val_bpb (bits per byte) over `batches` batches of
+    `tokens`, 0 = over all of it; with routers what they did by the causal rule in the last one."""
     model.eval()
     nats, count, size = 0.0, 0, 0
     rows = ranks.rows(batch_size)
@@ -165,7 +167,9 @@ def evaluate(model: Hydra, tokens: np.ndarray, bytes_V: Tensor, batch_size: int,
     model.train()
     routing = {f"val_{name}": output.routing[name].item() for name in BY_RULE if name in output.routing}
     nats, count, size, *sums = ranks.total([nats, count, size, *routing.values()])
-    found = {"val_loss": nats / count, "val_bpb": nats / math.log(2) / max(1, size)}
+    found = {"val_loss": nats / count}
+    if bytes_V.any():
+        found["val_bpb"] = nats / math.log(2) / max(1, size)
     return found | {name: value / ranks.size for name, value in zip(routing, sums, strict=True)}
 
 
@@ -201,11 +205,13 @@ def step_work(config: HydraConfig, run: TrainConfig) -> tuple[int, float]:
     return tokens, 3 * flops_per_token(config, config.block_size) * tokens
 
 
-def step_batches(tokens: np.ndarray, config: HydraConfig, run: TrainConfig, rows: slice, step: int) -> list[Batch]:
+def step_batches(tokens: np.ndarray | Tokens, config: HydraConfig, run: TrainConfig, rows: slice,
+                 step: int) -> list[Batch]:  # fmt: skip
     """The batches of a step, or of each batch these rows."""
     first = step * run.gradient_accumulation_steps
     numbers = range(first, first + run.gradient_accumulation_steps)
-    return [get_batch(tokens, run.batch_size, config.block_size, run.seed, n, rows) for n in numbers]
+    draw = epoch_batch if run.sampling == "epochs" else get_batch
+    return [draw(tokens, run.batch_size, config.block_size, run.seed, n, rows) for n in numbers]
 
 
 def print_plan(config: HydraConfig, run: TrainConfig) -> int:
@@ -245,7 +251,8 @@ def main(argv: list[str]) -> int:
     machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, total), ranks)
 
     # ---- data
-    corpus = ranks.one_first(lambda: prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir))
+    corpus = ranks.one_first(lambda: prepare(
+        run.data, run.tokenizer, run.cache_dir, run.out_dir, vocab_size=config.vocab_size))  # fmt: skip
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
     ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
@@ -317,7 +324,7 @@ def main(argv: list[str]) -> int:
             progress.best = min(progress.best, found["val_loss"])
             if best and step > 0:
                 save("best.pt")
-            if run.sample_tokens and ranks.samples and math.isfinite(found["val_loss"]):
+            if run.sample_tokens and corpus.enc and ranks.samples and math.isfinite(found["val_loss"]):
                 print_sample(model, corpus.enc, run, step, machine.autocast())
         if final:
             break
