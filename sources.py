@@ -17,6 +17,7 @@ import platform
 import re
 import sys
 import sysconfig
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
@@ -34,6 +35,7 @@ from formats import CHUNK, MAGIC, TextFile, Unfit, inspect, pieces
 
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
+MOST_CORES = 16
 RUN_FILES = {"config.toml", "log.jsonl", "last.pt", "best.pt", "trace.json", "memory.pickle"}
 HIDDEN, WRITTEN, LINKED = "hidden", "with a run or a cache in it", "links to what is above, elsewhere or seen"
 NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -359,19 +361,26 @@ def encode_bundle(enc: tiktoken.Encoding, bundle: list[str]) -> tuple[np.ndarray
 
 
 def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """That this process may use, and that are used: each holds an encoding, of large vocabularies 40 MB."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST_CORES)
 
 
 def encode(part: Part, enc: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """The ids of one side, in order, encoded on all cores a few bundles ahead; progress on stderr if it takes long."""
+    mine = threading.local()
+
+    def start() -> None:
+        # Threads that share an encoding wait for each other: two of them are no faster than one.
+        mine.enc = tiktoken.Encoding(enc.name, pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks,
+                                     special_tokens=enc._special_tokens)  # fmt: skip
+
     began = shown = time.monotonic()
-    done, waiting = 0, deque()
-    with ThreadPoolExecutor(cores()) as pool:
-        todo = bundles(part)
+    done, waiting, todo = 0, deque(), bundles(part)
+    with ThreadPoolExecutor(cores(), initializer=start) as pool:
         while True:
             for bundle in islice(todo, 2 * cores() - len(waiting)):
-                waiting.append(pool.submit(encode_bundle, enc, bundle))
+                waiting.append(pool.submit(lambda bundle: encode_bundle(mine.enc, bundle), bundle))
             if not waiting:
                 return
             ids, size = waiting.popleft().result()

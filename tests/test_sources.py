@@ -88,6 +88,13 @@ def test_default_corpus():
     assert not [name for name in names if "cp1252" in name or "_sysconfigdata" in name or "topics" in name]
     assert "encodings/utf_8.py" in names and "unittest/case.py" in names
     assert len({file.digest for file in source.files}) == len(names)
+    assert source.text_field == ""  # so that nothing but a bad byte keeps a file out, whatever the version of Python
+
+
+def test_the_default_corpus_takes_a_table_for_a_program(tmp_path, monkeypatch):
+    files = {f"{i}.py": f"x = {i}\n" for i in range(sources.FEWEST_FILES)} | {"table.py": csv_of()}
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: write_folder(tmp_path / "library", files))
+    assert len(sources.default_source().files) == sources.FEWEST_FILES + 1
 
 
 def test_the_default_corpus_is_split_by_path_whatever_the_share():
@@ -121,7 +128,8 @@ CONTENTS = ["a\nb\n", "né🐍\r\nnext", "<|endoftext|>", "  ", "long line " * 1
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a", "a.jsonl.bak"])
 @pytest.mark.parametrize("field", ["text", "content"])
 def test_a_record_of_json_lines_is_a_document(name, field, tmp_path):
-    raw = ("\ufeff" + jsonl(CONTENTS, field) + "\n  \n" + json.dumps({field: ""})).encode()
+    empty = json.dumps({field: ""}) + "\n"
+    raw = ("\ufeff" + jsonl(CONTENTS[:3], field) + "\n  \n" + empty + jsonl(CONTENTS[3:], field) + empty).encode()
     write_folder(tmp_path, {name: gzip.compress(raw) if name.endswith("gz") else raw})
     train, val = both(prepare(tmp_path / name, tmp_path, text_field=field))
     assert train + val == CONTENTS and val  # cut between two documents
@@ -204,6 +212,7 @@ KINDS = {  # content, what is found, command
     "tar": (b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(500), "tar archive", "tar xf"),
     "csv": (csv_of(), "CSV table (columns id, text)", "--text_field"),
     "semicolons": (csv_of(";"), "CSV table (columns id, text)", "delimiter=';'"),
+    "csv, cut": ("id,text\r\n" + "1,word\r\n" * 50_000, "CSV table (columns id, text)", "--text_field"),
     "tsv": (csv_of("\t"), "TSV table (columns id, text)", r"delimiter='\t'"),
     "notebook": ('{\n "cells": [\n  {"cell_type": "code"}\n ],\n "nbformat": 4\n}', "notebook", "jupyter nbconvert"),
     "notebook in a line": (json.dumps({"metadata": {}, "nbformat": 4, "cells": []}), "notebook", "jupyter nbconvert"),
@@ -286,6 +295,9 @@ def test_a_bad_byte_is_placed_across_chunks(chunk, tmp_path, monkeypatch):
         raw = ("a數é🐍" * 30).encode()[:offset].decode(errors="ignore").encode()
         write_folder(tmp_path, {"a.txt": raw + b"\xffxyz"})
         with pytest.raises(UserError, match=f"byte 0xff at offset {len(raw)}"):
+            prepare(tmp_path / "a.txt", tmp_path)
+        write_folder(tmp_path, {"a.txt": b"a" * offset + "é".encode() + b"b" * 99 + b"\xffxyz"})
+        with pytest.raises(UserError, match=f"UTF-8 with damage .byte 0xff at offset {offset + 101}"):
             prepare(tmp_path / "a.txt", tmp_path)
         write_folder(tmp_path, {"a.txt": raw + b"\0xyz"})
         with pytest.raises(UserError, match=f"a zero byte at offset {len(raw)}"):
