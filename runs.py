@@ -124,6 +124,25 @@ def has_begun(config: object, run: object) -> bool:
     return same and checkpoint.get("launch", "") == launch_id()
 
 
+def weights_path(run: str) -> Path:
+    """The checkpoint to take weights from: a file, or a run's best one, else its last."""
+    path = Path(run).expanduser()
+    if path.is_dir():
+        best = path / "best.pt"
+        return best if best.exists() else path / "last.pt"
+    return path
+
+
+def start_from(model: nn.Module, run: str, tokenizer: str) -> None:
+    """The weights of another run; UserError where its tokens are not `tokenizer`'s."""
+    path = weights_path(run)
+    checkpoint, _ = load_checkpoint(path, {})
+    if checkpoint["tokenizer"] != tokenizer:
+        raise UserError(f"init_from={run!r}: it was trained on the tokens of another tokenizer: use its own, "
+                        f"--tokenizer={checkpoint['train_config']['tokenizer']}")  # fmt: skip
+    load_weights(model, checkpoint, path)
+
+
 def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
     """UserError where the checkpoint's weights are not the model's."""
     if "shards" in checkpoint:
@@ -367,7 +386,7 @@ def check_text(checkpoint: dict, ids: dict[str, str], out: Path, data: str) -> N
         if checkpoint[name] != ids[name]:
             change = f"({ids[name][:12]}, not {checkpoint[name][:12]})"
             raise UserError(f"data={data!r}: the {what} has changed since the run in {out} began {change}: restore it, "
-                            "or start another run with --out_dir=PATH")  # fmt: skip
+                            f"or start a new run from its weights: --init_from={out} --out_dir=PATH")  # fmt: skip
 
 
 def open_folder(out: Path, toml: str, resumed_at: int | None, evaluates: bool,

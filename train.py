@@ -22,17 +22,19 @@ import torch
 from torch import Tensor, nn
 
 import runs
-from accounting import count_params, flops_per_token, plan_lines
+from accounting import count_params, flops_per_token, memory_plan, plan_lines
 from attention import KINDS, letters_help
-from configurator import build, cli, need, parse, to_toml
-from data import Batch, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
+from configurator import UserError, build, cli, need, parse, to_toml
+from data import Batch, Corpus, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from generate import continue_text
 from layers import IGNORE
-from machine import DTYPES, Prefetch, choose_machine, peak_memory
+from machine import DTYPES, Machine, Prefetch, choose_machine, peak_memory, total_memory
 from model import Hydra, HydraConfig
 from parallel import ALONE, Ranks, accumulates, ends_together, join, launched, local, pooled, restarted, spread
 from runs import Progress
+from sources import split_warning
 
+SILENT = 10  # minutes that a step or an evaluation may take
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
 
@@ -45,6 +47,10 @@ class TrainConfig:
     data: str = ""  # a text file or folder, or token shards (folder or glob); empty: this machine's standard library
     tokenizer: str = "auto"  # auto (texts: python4096, shards: none), bytes, gpt2 or another of tiktoken, a rank file
     sampling: str = "random"  # of windows: random, with replacement; or epochs, each once in an order of its own
+    val_fraction: float = 0.1  # part of a text that validates
+    val_data: str = ""  # or a text, or shards, of its own
+    text_field: str = "text"  # of JSON lines: where a record has its text
+    init_from: str = ""  # start from the weights of a run (its folder, or a checkpoint): fine-tuning, a longer block
     cache_dir: str = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward, over all processes
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
@@ -83,6 +89,7 @@ class TrainConfig:
         remedy = "it needs its loss scaled, which is left out here: use bfloat16"
         need(self, "dtype", self.dtype != "float16", remedy)
         need(self, "dtype", self.dtype in ("auto", *DTYPES), "use auto, float32 or bfloat16")
+        need(self, "val_fraction", 0 < self.val_fraction < 1, "choose a value above 0 and below 1")
         need(self, "sampling", self.sampling in ("random", "epochs"), "use random or epochs")
         need(self, "recompute", self.recompute in ("none", "block"), "use none or block")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
@@ -188,7 +195,12 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
     from, and what is to be said about it."""
     kinds = HydraConfig, TrainConfig
     given = parse(argv, *kinds, doc=f"{__doc__}\n{letters_help()}")
-    (where,) = build({name: given[name] for name in ("out_dir", "resume") if name in given}, TrainConfig)
+    (where,) = build({name: given[name] for name in ("out_dir", "resume", "init_from") if name in given}, TrainConfig)
+    if where.init_from and not where.resume:
+        path = runs.weights_path(where.init_from)
+        source, notes = runs.load_checkpoint(path, {"model_config": HydraConfig, "train_config": TrainConfig})
+        base = source["model_config"] | {"tokenizer": source["train_config"]["tokenizer"]}
+        return *build(given, *kinds, base=base), None, notes
     if not where.resume:
         return *build(given, *kinds), None, []
     checkpoint, notes = runs.resumable(Path(where.out_dir), given, *kinds)
@@ -212,6 +224,48 @@ def step_batches(tokens: np.ndarray | Tokens, config: HydraConfig, run: TrainCon
     numbers = range(first, first + run.gradient_accumulation_steps)
     draw = epoch_batch if run.sampling == "epochs" else get_batch
     return [draw(tokens, run.batch_size, config.block_size, run.seed, n, rows) for n in numbers]
+
+
+def read_corpus(config: HydraConfig, run: TrainConfig) -> Corpus:
+    return prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir, run.val_fraction, run.val_data, run.text_field,
+                   config.vocab_size)  # fmt: skip
+
+
+def warnings_of(corpus: Corpus, config: HydraConfig) -> list[str]:
+    texts = [*corpus.warnings, split_warning(len(corpus.train), len(corpus.val), config.block_size)]
+    return [f"WARNING: {text}" for text in texts if text]
+
+
+def begin(model: Hydra, optimizer: torch.optim.Optimizer, checkpoint: dict | None, run: TrainConfig,
+          ids: dict[str, str]) -> Progress:  # fmt: skip
+    """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
+    if checkpoint:
+        path = Path(run.out_dir, "last.pt")
+        runs.check_text(checkpoint, ids, path.parent, run.data)
+        runs.restore(path, checkpoint, model, optimizer)
+        return Progress.of(checkpoint)
+    if run.init_from:
+        runs.start_from(model, run.init_from, ids["tokenizer"])
+    return Progress()
+
+
+def check_work(config: HydraConfig, run: TrainConfig, machine: Machine, ranks: Ranks, val_tokens: int) -> None:
+    """UserError where a step cannot fit into the device, or where step or evaluation would be silent for too long."""
+    B, T = run.batch_size, config.block_size
+    sizes = f"batch_size={B} and block_size={T}"
+    room = total_memory(machine.device)
+    if 32 * B * T * config.dim * config.n_layer > room / 8:  # else the count is not worth its seconds
+        plan = memory_plan(config, B, T, machine.dtype, "", run.recompute == "block", ranks.size, ranks.mode)
+        needed = sum(plan.values())
+        if needed > room:
+            raise UserError(f"{sizes}: a step needs about {needed / 1e9:.1f} GB, of which {machine.device} has "
+                            f"{room / 1e9:.1f}: lower one, or use --recompute=block; see --plan")  # fmt: skip
+    tokens, flops = step_work(config, run)
+    evaluation = (run.eval_iters or math.ceil(val_tokens / (B * T))) * B * T
+    minutes = max(flops, flops / tokens / 3 * evaluation) / machine.peak / 60
+    if minutes > SILENT:
+        raise UserError(f"{sizes}: at this device's peak a step or an evaluation of {evaluation:,} tokens takes "
+                        f"{minutes:.0f} minutes or more: lower one of them, or --eval_iters")  # fmt: skip
 
 
 def print_plan(config: HydraConfig, run: TrainConfig) -> int:
@@ -251,8 +305,8 @@ def main(argv: list[str]) -> int:
     machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, total), ranks)
 
     # ---- data
-    corpus = ranks.one_first(lambda: prepare(
-        run.data, run.tokenizer, run.cache_dir, run.out_dir, vocab_size=config.vocab_size))  # fmt: skip
+    corpus = ranks.one_first(partial(read_corpus, config, run))
+    check_work(config, run, machine, ranks, len(corpus.val))
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
     ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
@@ -266,13 +320,9 @@ def main(argv: list[str]) -> int:
     trained = spread(model, ranks, machine.device, machine.dtype)
     backends = model.backends(machine.compiled, grad=True)
     optimizer = make_optimizer(model, run)
-    progress = Progress()
-    evaluates = True  # at the first step of this run
-    if checkpoint:
-        runs.check_text(checkpoint, ids, out, run.data)
-        runs.restore(out / "last.pt", checkpoint, model, optimizer)
-        progress = Progress.of(checkpoint)
-        evaluates = progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
+    progress = begin(model, optimizer, checkpoint, run, ids)
+    # at the first step of this run
+    evaluates = not checkpoint or progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
     first_step = progress.step
 
     def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -284,6 +334,7 @@ def main(argv: list[str]) -> int:
     log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
     facts = {"corpus": corpus.description, **ids, **machine.facts, **model_facts(config, backends)}
+    notes += warnings_of(corpus, config)
     said = [to_toml(config, run), aside, *notes, *(f"{name}: {fact}" for name, fact in facts.items())]
     print("\n".join(said), flush=True)
     log.start(first_step, bool(checkpoint), facts | {

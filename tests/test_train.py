@@ -681,6 +681,49 @@ def test_a_loss_that_is_not_finite_updates_nothing_whatever_its_gradient(fused):
         assert p.grad is None and torch.equal(p, old)
 
 
+def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
+    """On another text and a longer block: the shape is the other run's, steps and optimiser are new."""
+    train.main(options(tmp_path, "first", max_iters=3, eval_interval=3, dim=64, learning_rate=1e-2))
+    other = tmp_path / "other.txt"
+    other.write_text("some other text\n" * 400)
+    args = [f"--out_dir={tmp_path / 'tuned'}", f"--cache_dir={tmp_path / 'cache'}", f"--data={other}",
+            "--block_size=48", f"--init_from={tmp_path / 'first'}", "--max_iters=0", "--eval_iters=2"]  # fmt: skip
+    assert train.main([*args, "--sample_tokens=0", "--final_eval_iters=1"]) == 0
+    record = records(tmp_path / "tuned")[0]
+    assert record["started"] == 0 and record["config"]["dim"] == 64 and record["config"]["block_size"] == 48
+    config = HydraConfig(**{k: v for k, v in record["config"].items() if k in HydraConfig.__dataclass_fields__})
+    model = Hydra(config).eval()
+    model.load_state_dict(checkpoint(tmp_path / "first", "best")["model"])
+    corpus = prepare(str(other), "bytes", str(tmp_path / "cache"))
+    x, y = next(eval_batches(corpus.val, 4, 48, 2))
+    with torch.no_grad():
+        expected = model(x, y).cross_entropy.item()
+    found = [r for r in records(tmp_path / "tuned") if "best" in r][0]["val_loss"]
+    assert found == pytest.approx(expected, rel=0.05)
+    with pytest.raises(UserError, match="trained on the tokens of another tokenizer: use its own, --tokenizer=bytes"):
+        train.main([*args, "--tokenizer=python4096", "--vocab_size=4096"])
+    with pytest.raises(UserError, match=r"start a new run from its weights: --init_from=.*first --out_dir=PATH"):
+        train.main([f"--out_dir={tmp_path / 'first'}", "--resume", f"--data={other}", "--max_iters=5"])
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"block_size": 10**6, "batch_size": 64}, "a step needs about .* GB, of which cpu has .*: lower one, or use --rec"),
+    ({"n_layer": 600, "eval_iters": 10**7}, "batch_size=2 and block_size=32: .* takes .* minutes or more: lower one"),
+])  # fmt: skip
+def test_what_cannot_fit_or_end_is_refused_before_it_begins(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        train.main(options(tmp_path, "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_that_is_none_is_a_warning(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("abc def\n" * 40)
+    (tmp_path / "val.txt").write_text("xyz\n" * 4)
+    args = options(tmp_path, "run", data=tmp_path / "text.txt", val_data=tmp_path / "val.txt", max_iters=0)
+    train.main(args)
+    assert "WARNING: validation has " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changes", [{}, {"mod_capacity": 0.25}, {"mor_recursions": 3}], ids=str)
 def test_a_step_never_waits_for_its_numbers(changes):
     """Nothing is read back to the host, and no shape depends on a value, in a step of the default optimiser."""
