@@ -212,7 +212,7 @@ KINDS = {  # content, what is found, command
     "tar": (b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(500), "tar archive", "tar xf"),
     "csv": (csv_of(), "CSV table (columns id, text)", "--text_field"),
     "semicolons": (csv_of(";"), "CSV table (columns id, text)", "delimiter=';'"),
-    "csv, cut": ("id,text\r\n" + "1,word\r\n" * 50_000, "CSV table (columns id, text)", "--text_field"),
+    "csv, cut": ("id,text\r\n" + "12345678,w\r\n" * 50_000, "CSV table (columns id, text)", "--text_field"),
     "tsv": (csv_of("\t"), "TSV table (columns id, text)", r"delimiter='\t'"),
     "notebook": ('{\n "cells": [\n  {"cell_type": "code"}\n ],\n "nbformat": 4\n}', "notebook", "jupyter nbconvert"),
     "notebook in a line": (json.dumps({"metadata": {}, "nbformat": 4, "cells": []}), "notebook", "jupyter nbconvert"),
@@ -286,6 +286,15 @@ def test_the_commands_make_text_of_it(kind, tmp_path, monkeypatch):
 def test_text_and_programs_stay_text(name, text, tmp_path):
     write_folder(tmp_path, {name: text})
     assert "".join(sum(both(prepare(tmp_path / name, tmp_path)), [])) == text
+
+
+def test_a_suffix_decides_where_two_rows_may_be_a_table(tmp_path):
+    table = b"id,text\n1,a\n"
+    write_folder(tmp_path, {"a.csv": table, "b.csv.gz": gzip.compress(table), "c.txt": table})
+    for name in ("a.csv", "b.csv.gz"):
+        with pytest.raises(UserError, match="CSV table"):
+            prepare(tmp_path / name, tmp_path)
+    assert "".join(sum(both(prepare(tmp_path / "c.txt", tmp_path)), [])) == table.decode()
 
 
 @pytest.mark.parametrize("chunk", [5, 64])
