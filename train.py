@@ -34,7 +34,7 @@ from parallel import ALONE, Ranks, accumulates, ends_together, join, launched, l
 from runs import Progress
 from sources import split_warning
 
-SILENT = 10  # minutes that a step or an evaluation may take
+SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
 
