@@ -1,6 +1,7 @@
 """Packed documents: a window's documents are computed as if each were the whole text, in training, evaluation, prefill
 and decoding; in one graph whatever the documents are."""
 
+import struct
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,11 @@ from torch.nn.attention import flex_attention as flex_module
 
 import attention
 import machine
+import model as model_module
+import sample
+import train
 from attention import KINDS, document_mask, documents
+from configurator import UserError
 from generate import decode, generate, new_state, prefill
 from model import Hydra, HydraConfig
 
@@ -248,3 +253,39 @@ def test_the_road_without_documents_makes_no_masks():
     ctx = net.context(torch.arange(8))
     assert ctx.doc is None and not ctx.masks
     assert attention.moved(torch.ones(1, 3, 1), 2, None).flatten().tolist() == [0, 0, 1]
+
+
+# ---- as a user meets it
+
+
+def test_a_run_takes_its_end_of_text_from_the_tokenizer_and_so_do_its_samples(tmp_path, monkeypatch):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(f"{i} is a number. " * 3)
+    seen = set()
+
+    def spy(idx, end):
+        seen.add((end, bool((idx == end).any())))
+        return documents(idx, end)
+
+    monkeypatch.setattr(model_module, "documents", spy)
+    args = ["--dim=32", "--n_head=2", "--n_kv_head=1", "--compression=2", "--n_layer=2", "--pattern=MC",
+            "--mlp_ratio=1", "--block_size=64", "--vocab_size=257", "--tokenizer=bytes", f"--data={folder}",
+            "--max_iters=1", "--eval_iters=1", "--final_eval_iters=1", "--sample_tokens=4",
+            f"--cache_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'out'}"]  # fmt: skip
+    assert train.main(args) == 0 and not seen
+    assert train.main([*args, "--doc_mask"]) == 0 and seen == {(256, True)}
+    options = sample.SampleConfig(out_dir=str(tmp_path / "out"), checkpoint="last")
+    net, _, _ = sample.load_model(options, torch.device("cpu"))
+    assert net.config.doc_mask and net.end_token == 256
+
+
+def test_shards_without_a_tokenizer_have_no_end_of_text_to_stop_at(tmp_path):
+    for split in ("train", "val"):
+        header = struct.pack("<256i", 20240520, 1, 600, *[0] * 253)
+        (tmp_path / f"x_{split}_000.bin").write_bytes(header + bytes(1200))
+    with pytest.raises(UserError, match="doc_mask=True: .*--tokenizer"):
+        train.main([f"--data={tmp_path}", "--doc_mask", f"--cache_dir={tmp_path / 'cache'}",
+                    f"--out_dir={tmp_path / 'out'}"])  # fmt: skip
+    assert not (tmp_path / "out").exists()
