@@ -53,7 +53,7 @@ def documents(idx_BT: Tensor, end: int) -> tuple[Tensor, Tensor]:
     """(position in its document, the document's number) of every token, both [B, T]; a document's number is the place
     of its first token. An `end` token belongs to the document that it closes."""
     t = torch.arange(idx_BT.size(1), device=idx_BT.device)
-    begins_BT = F.pad(idx_BT[:, :-1] == end, (1, 0), value=True)
+    begins_BT = F.pad(idx_BT[:, :-1] == end, (1, 0))
     doc_BT = (begins_BT * t).cummax(dim=1).values
     return t - doc_BT, doc_BT
 
@@ -103,9 +103,10 @@ def attend(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, ctx: Context, window: int = 0, requested: str = "auto",
     state: LayerState | None = None,
 ) -> Tensor:  # fmt: skip
-    """Causal grouped-query attention -> [B, T, H*K]; token t sees tokens max(0, t-window+1) .. t of its row. With a
-    `state` the new keys and values are stored in it; a decoding step then reads the stored ones (`read`). UserError
-    where FlexAttention was requested and cannot train, see `machine.choose_backend`."""
+    """Causal grouped-query attention -> [B, T, H*K]; token t sees tokens max(0, t-window+1) .. t of its row, and where
+    ctx.doc names documents, those of its own. With a `state` the new keys and values are stored in it; a decoding step
+    then reads the stored ones (`read`). UserError where FlexAttention was requested and cannot train, see
+    `machine.choose_backend`."""
     if state is not None:
         store(state["k"], k_BTGK, ctx)
         store(state["v"], v_BTGK, ctx)
@@ -119,6 +120,7 @@ def attend(
     mask = ctx.masks.get((T, window))
     if backend == "flex":
         if mask is None:
+            assert ctx.doc is None, "documents have their masks: see Hydra.context and routing.selection_at"
             mask = causal_block_mask(T, window, q.device)
         y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
     elif ctx.doc is not None:

@@ -84,9 +84,11 @@ def new_state(model: Hydra, B: int, S: int, static: bool = False, least: int = L
 
 
 def last_document(model: Hydra, row: Tensor) -> Tensor:
-    """What a model with doc_mask sees of a prompt [T] when it goes on from it."""
+    """What a model sees of a prompt [T] when it goes on from it."""
+    if not model.config.doc_mask:
+        return row
     ends = (row[:-1] == model.end_token).nonzero()
-    return row[int(ends[-1]) + 1 :] if model.config.doc_mask and len(ends) else row
+    return row[int(ends[-1]) + 1 :] if len(ends) else row
 
 
 def begin_documents(model: Hydra, token_B: Tensor, state: DecodingState) -> None:
@@ -116,7 +118,7 @@ def check_room(model: Hydra, state: DecodingState, tokens: int) -> None:
 
 def prefill(model: Hydra, prompts: Tensor | list[Tensor], state: DecodingState) -> Tensor:
     """Token ids [B, T], or a list of B tensors [T_b] of at least one token, into an empty state -> logits [B, V] behind
-    each text. UserError where the state is in use, or too small."""
+    each text; with doc_mask behind the last document of each. UserError where the state is in use, or too small."""
     rows = [last_document(model, row) for row in prompts]
     if state.tokens:
         raise UserError(f"this state holds texts of up to {state.tokens} tokens: a prefill needs one from new_state")
@@ -158,7 +160,8 @@ def take_slot(model: Hydra, state: DecodingState) -> int:
 
 
 def decode(model: Hydra, token_B: Tensor, state: DecodingState) -> Tensor:
-    """One more token for every row -> logits [B, V]. UserError where the state is full."""
+    """One more token for every row -> logits [B, V]. UserError where the state is full. With doc_mask a row begins again
+    behind an end of text; what it holds no more still counts as full."""
     visible = take_slot(model, state)
     return decode_step(model, token_B, state, visible, state.uniform and not state.static)
 

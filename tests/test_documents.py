@@ -171,7 +171,7 @@ def test_recomputed_blocks_keep_the_documents():
 
 
 @pytest.mark.parametrize("changes", [{"pattern": "MC", "n_layer": 2, "window": 5}, {"pattern": "ML", "n_layer": 2},
-                                     {"pattern": "MC", "n_layer": 2, "mod_capacity": 0.5},
+                                     {"pattern": "CM", "n_layer": 2, "mod_capacity": 0.5, "window": 5},
                                      {"pattern": "MC", "n_layer": 2, "mor_recursions": 2, "mod_capacity": 0.5}],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("backend", ["flex", "sdpa"])
@@ -238,8 +238,20 @@ def test_prefill_and_decoding_equal_the_packed_forward(changes, static):
 
 
 @torch.no_grad()
-def test_generation_goes_on_behind_an_end_of_text_as_if_it_began():
-    """A single row too, whose steps are otherwise promised that all slots are its own."""
+@pytest.mark.parametrize("changes", [{"pattern": "MMCCCLML", "window": 4}, *ROUTED], ids=str)
+def test_a_single_row_begins_again_behind_an_end_of_text(changes):
+    """Its steps are otherwise promised that all slots are its own."""
+    net = make(**changes).eval()
+    _, idx = batch()
+    full = logits(net, idx[:1])[0]
+    state = new_state(net, 1, 64)
+    prefill(net, idx[:1, :4], state)
+    for t in range(4, 40):
+        torch.testing.assert_close(decode(net, idx[0, t : t + 1], state)[0], full[t], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_of_several_documents_goes_on_as_its_last_one_does():
     net = make(pattern="MMCCCLML", window=4).eval()
     document = torch.tensor([3, 1, 4, 1, 5])
     before = torch.cat((torch.arange(20), torch.tensor([END])))
