@@ -25,15 +25,17 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configurator import need
 from layers import Linear, RMSNorm, linear
-from machine import causal_block_mask, choose_backend
+from machine import causal_block_mask, choose_backend, document_block_mask
 
 
 class Context(NamedTuple):
     """What all layers of one forward share: made once by `Hydra.context`."""
 
-    pos: Tensor  # int64 [T], or [B, T] where rows hold different tokens: the true positions
+    pos: Tensor  # int64 [T], or [B, T] where rows hold different tokens: the true positions, in their documents
     rope: dict[int, tuple[Tensor, Tensor]]  # rotated width -> [cos cos], [-sin sin], [(B,) T, 1, width]
-    masks: dict[tuple[int, int], BlockMask]  # (tokens, window) -> mask; empty where FlexAttention is not used
+    # (tokens, window) -> mask: of FlexAttention where it may run, else of documents (`document_mask`), else empty
+    masks: dict[tuple[int, int], BlockMask | Tensor]
+    doc: Tensor | None = None  # doc_mask: int64 [B, T], a number for each token's document; None with a state
     recompute: bool = False  # training: the blocks are computed again in the backward
     # only with a state, whose rows may hold texts of different lengths, or behind a router in evaluation:
     decoding: bool = False  # one new token a row, at pos [B, 1]; else a prefill, texts padded on the right
@@ -45,6 +47,31 @@ class Context(NamedTuple):
 
 
 LayerState = dict[str, Tensor]  # what one layer keeps of the past, by name: see `Attention.new_state`
+
+
+def documents(idx_BT: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """(position in its document, the document's number) of every token, both [B, T]; a document's number is the place
+    of its first token. An `end` token belongs to the document that it closes."""
+    t = torch.arange(idx_BT.size(1), device=idx_BT.device)
+    begins_BT = F.pad(idx_BT[:, :-1] == end, (1, 0))
+    doc_BT = (begins_BT * t).cummax(dim=1).values
+    return t - doc_BT, doc_BT
+
+
+def document_mask(doc_BT: Tensor, window: int) -> Tensor:
+    """What SDPA is to see, bool [B, 1, T, T]: the tokens before in the same document, the last `window` (0 = all)."""
+    t = torch.arange(doc_BT.size(1), device=doc_BT.device)
+    behind = t[:, None] - t
+    seen = behind >= 0
+    if window:
+        seen = seen & (behind < window)
+    return (seen & (doc_BT[:, :, None] == doc_BT[:, None, :])).unsqueeze(1)
+
+
+def document_masks(doc_BT: Tensor, windows: set[int], flex: bool) -> dict[tuple[int, int], BlockMask | Tensor]:
+    """The masks of a `Context` for all tokens of doc [B, T]."""
+    make = document_block_mask if flex else document_mask
+    return {(doc_BT.size(1), window): make(doc_BT, window) for window in sorted(windows)}
 
 
 def make_context(pos: Tensor, widths: set[int], theta: float, masks: set[tuple[int, int]] = frozenset(),
@@ -76,9 +103,10 @@ def attend(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, ctx: Context, window: int = 0, requested: str = "auto",
     state: LayerState | None = None,
 ) -> Tensor:  # fmt: skip
-    """Causal grouped-query attention -> [B, T, H*K]; token t sees tokens max(0, t-window+1) .. t of its row. With a
-    `state` the new keys and values are stored in it; a decoding step then reads the stored ones (`read`). UserError
-    where FlexAttention was requested and cannot train, see `machine.choose_backend`."""
+    """Causal grouped-query attention -> [B, T, H*K]; token t sees tokens max(0, t-window+1) .. t of its row, and where
+    ctx.doc names documents, those of its own. With a `state` the new keys and values are stored in it; a decoding step
+    then reads the stored ones (`read`). UserError where FlexAttention was requested and cannot train, see
+    `machine.choose_backend`."""
     if state is not None:
         store(state["k"], k_BTGK, ctx)
         store(state["v"], v_BTGK, ctx)
@@ -89,9 +117,16 @@ def attend(
     grad = torch.is_grad_enabled() and q.requires_grad
     backend, _ = choose_backend(requested, q.device.type, q.size(-1), torch.compiler.is_compiling(), grad)
     gqa = k.size(1) != q.size(1)
+    mask = ctx.masks.get((T, window))
     if backend == "flex":
-        mask = ctx.masks[T, window] if (T, window) in ctx.masks else causal_block_mask(T, window, q.device)
+        if mask is None:
+            assert ctx.doc is None, "documents have their masks: see Hydra.context and routing.selection_at"
+            mask = causal_block_mask(T, window, q.device)
         y = flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+    elif ctx.doc is not None:
+        if not isinstance(mask, Tensor):  # the device has FlexAttention, this layer has not
+            mask = document_mask(ctx.doc, window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
     elif 0 < window < T:
         y = sdpa_window(q, k, v, window, gqa)
     else:
@@ -170,6 +205,16 @@ def with_past(x: Tensor, rows: int, name: str, ctx: Context, state: LayerState |
         tail = x[row_B1, ctx.lengths[:, None] + torch.arange(rows, device=x.device)]
     state[name].copy_(tail)
     return x
+
+
+def moved(x_BTC: Tensor, tokens: int, doc_BT: Tensor | None) -> Tensor:
+    """x moved on by so many tokens: zeros before the first one, and at those whose document begins in between."""
+    T = x_BTC.size(1)
+    x_BTC = F.pad(x_BTC, (0, 0, tokens, 0))[:, :T]
+    if doc_BT is None:
+        return x_BTC
+    foreign_BT = F.pad(doc_BT, (tokens, 0), value=-1)[:, :T] != doc_BT
+    return x_BTC.masked_fill(foreign_BT[..., None], 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +363,10 @@ class CCQA(Attention):
         qk, v = self.down(x_BTD).split((self.latent + self.kappa, self.kappa), dim=-1)
         if self.value_shift:  # half of the values are the previous token's, zero before the first
             now, before = v.chunk(2, dim=-1)
-            shifted = with_past(before, 1, "v_tail", ctx, state)[:, :-1]
+            if state is None:
+                shifted = moved(before, 1, ctx.doc)
+            else:
+                shifted = with_past(before, 1, "v_tail", ctx, state)[:, :-1]
             v = torch.cat((now, shifted), dim=-1)
         mixed = qk
         if self.conv_kernel:
@@ -341,8 +389,8 @@ class CCQA(Attention):
 
     def convolve(self, qk: Tensor, ctx: Context, state: LayerState | None) -> Tensor:
         """Depthwise, then per-head convolution over time of [B, T, H*K + G*K], both causal, zeros before a text."""
-        if qk.is_cuda and state is None:
-            return convolve_at_once(qk, self.conv_depthwise, self.conv_grouped)
+        if (qk.is_cuda or ctx.doc is not None) and state is None:
+            return convolve_at_once(qk, self.conv_depthwise, self.conv_grouped, ctx.doc)
         u = with_past(qk, self.reach, "qk_tail", ctx, state)
         taps, K = self.conv_kernel, self.head_width
         T = u.size(1) - taps + 1
@@ -357,17 +405,17 @@ class CCQA(Attention):
         return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
 
 
-def convolve_at_once(x: Tensor, depthwise: Tensor, grouped: Tensor) -> Tensor:
+def convolve_at_once(x: Tensor, depthwise: Tensor, grouped: Tensor, doc_BT: Tensor | None = None) -> Tensor:
     """Both convolutions of texts [B, T, N*K] as a GPU wants them: in turn they are one filter, whose tap s sums what
     tap i of `grouped` does to tap s-i of `depthwise`. One product makes the parts of all taps; the kernel that follows
-    moves them to their tokens. (They are sliced, not unbound: the gradient of an unbind is a kernel for each.)"""
+    moves them to their tokens. (They are sliced, not unbound: the gradient of an unbind is a kernel for each.) Where
+    both ends of a tap lie in one document, so do the tokens between that the two convolutions met in."""
     K, taps = grouped.shape[1:]
     pairs = grouped.unflatten(0, (-1, K)).unsqueeze(-1) * depthwise.unflatten(0, (-1, 1, K)).unsqueeze(-2)
     filters = F.pad(pairs, (0, taps)).flatten(-2)[..., :-taps].unflatten(-1, (taps, -1)).sum(-2)  # row i moved by i
     parts = torch.einsum("btni,nois->btnso", x.unflatten(-1, (-1, K)), filters.to(x.dtype))
     last = 2 * taps - 2
-    T = x.size(1)
-    return sum(F.pad(parts[:, :, :, last - i].flatten(2), (0, 0, i, 0))[:, :T] for i in range(last + 1))
+    return sum(moved(parts[:, :, :, last - i].flatten(2), i, doc_BT) for i in range(last + 1))
 
 
 class MLA(Attention):

@@ -83,6 +83,26 @@ def new_state(model: Hydra, B: int, S: int, static: bool = False, least: int = L
     return DecodingState(layers, pos_B, S, static, least)
 
 
+def last_document(model: Hydra, row: Tensor) -> Tensor:
+    """What a model sees of a prompt [T] when it goes on from it."""
+    if not model.config.doc_mask:
+        return row
+    ends = (row[:-1] == model.end_token).nonzero()
+    return row[int(ends[-1]) + 1 :] if len(ends) else row
+
+
+def begin_documents(model: Hydra, token_B: Tensor, state: DecodingState) -> None:
+    """Behind their last tokens: rows that ended a document are empty again. Masks hide what their slots hold."""
+    if not model.config.doc_mask:
+        return
+    ended_B = token_B == model.end_token
+    state.pos_B.masked_fill_(ended_B, 0)
+    for layer in state.layers:
+        for name, t in layer.items():
+            if name == "count" or name.endswith("tail"):
+                t.masked_fill_(ended_B.view(-1, *[1] * (t.dim() - 1)), 0)
+
+
 def longest_text(model: Hydra) -> float:
     """Tokens of the longest text that the model can continue: endless where no layer keeps more than its window."""
     endless = all(block.attn.window for block in model.blocks)
@@ -98,8 +118,8 @@ def check_room(model: Hydra, state: DecodingState, tokens: int) -> None:
 
 def prefill(model: Hydra, prompts: Tensor | list[Tensor], state: DecodingState) -> Tensor:
     """Token ids [B, T], or a list of B tensors [T_b] of at least one token, into an empty state -> logits [B, V] behind
-    each text. UserError where the state is in use, or too small."""
-    rows = list(prompts)
+    each text; with doc_mask behind the last document of each. UserError where the state is in use, or too small."""
+    rows = [last_document(model, row) for row in prompts]
     if state.tokens:
         raise UserError(f"this state holds texts of up to {state.tokens} tokens: a prefill needs one from new_state")
     if len(rows) != len(state.pos_B):
@@ -114,7 +134,7 @@ def prefill(model: Hydra, prompts: Tensor | list[Tensor], state: DecodingState) 
     if state.static:
         idx_BT = F.pad(idx_BT, (0, power_of_two(longest) - longest))
     state.tokens = longest
-    state.uniform = min(lengths) == longest
+    state.uniform = min(lengths) == longest and not model.config.doc_mask  # rows begin again one by one
     return prefill_step(model, idx_BT, torch.tensor(lengths, device=device), state)
 
 
@@ -124,7 +144,9 @@ def prefill_step(model: Hydra, idx_BT: Tensor, lengths_B: Tensor, state: Decodin
     ctx = model.context(torch.arange(idx_BT.size(1), device=idx_BT.device), lengths=lengths_B)
     x_BTD, _ = model.trunk(idx_BT, ctx, state.layers)
     state.pos_B.copy_(lengths_B)
-    last_BD = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), lengths_B - 1]
+    row_B = torch.arange(len(x_BTD), device=x_BTD.device)
+    last_BD = x_BTD[row_B, lengths_B - 1]
+    begin_documents(model, idx_BT[row_B, lengths_B - 1], state)
     return model.head(last_BD)
 
 
@@ -138,7 +160,8 @@ def take_slot(model: Hydra, state: DecodingState) -> int:
 
 
 def decode(model: Hydra, token_B: Tensor, state: DecodingState) -> Tensor:
-    """One more token for every row -> logits [B, V]. UserError where the state is full."""
+    """One more token for every row -> logits [B, V]. UserError where the state is full. With doc_mask a row begins again
+    behind an end of text; what it holds no more still counts as full."""
     visible = take_slot(model, state)
     return decode_step(model, token_B, state, visible, state.uniform and not state.static)
 
@@ -149,6 +172,7 @@ def decode_step(model: Hydra, token_B: Tensor, state: DecodingState, visible: in
     ctx = model.context(state.pos_B[:, None], None, True, visible, uniform, state.static)
     x_B1D, _ = model.trunk(token_B[:, None], ctx, state.layers)
     state.pos_B += 1
+    begin_documents(model, token_B, state)
     return model.head(x_B1D[:, 0])
 
 

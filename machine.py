@@ -196,6 +196,17 @@ def causal_block_mask(T: int, window: int, device: torch.device) -> BlockMask:
     return create_block_mask(visible, None, None, T, T, device)
 
 
+def document_block_mask(doc_BT: Tensor, window: int) -> BlockMask:
+    """The same for texts of several documents, doc [B, T] numbers them: made anew for every batch."""
+    B, T = doc_BT.shape
+    reach = window or T
+
+    def visible(b, h, q, k):
+        return (q >= k) & (q - k < reach) & (doc_BT[b, q] == doc_BT[b, k])
+
+    return create_block_mask(visible, B, None, T, T, doc_BT.device)
+
+
 class PackedLinear(nn.Module):
     """A linear map for inference on a CPU, its weights in the block order of oneDNN, which a product of few rows reads
     at 1.3-2 times the rate of plain ones. The operators are torch's own, but private to the pinned version."""

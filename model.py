@@ -4,6 +4,7 @@
   8-layer macro-block, three of them make the 24-layer transformer; "A" (MHA) and "G" (GQA) are the baselines.
 - Block: x = x + alpha * attn(norm(x)), x = x + mlp(norm(x)); SwiGLU, RMSNorm (layers.py).
 - Routing (routing.py): blocks that a part of the tokens skips, blocks that are run several times, or both.
+- Packed documents (doc_mask): nothing looks over an end of text, and positions begin again behind it.
 - Tied embedding and head; a loss that never holds the logits of a large vocabulary as a whole.
 Left out: dropout, biases, learned positions, loading of other projects' weights.
 """
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention import KINDS, Context, LayerState, make_context
+from attention import KINDS, Context, LayerState, document_masks, documents, make_context
 from configurator import UserError, need
 from layers import RMSNorm, SwiGLU, compute_dtype, cross_entropy, linear, loss_chunk
 from machine import choose_backend, compile_blocks
@@ -46,6 +47,7 @@ class HydraConfig:
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
     mod_capacity: float = 0.0  # part of the tokens that goes through every other block, 0 = all through all (no MoD)
     mor_recursions: int = 1  # the blocks are run this many times, from the second on for fewer tokens, 1 = no MoR
+    doc_mask: bool = False  # a token sees those of its own document alone, as if that were the whole text
     attn_backend: str = "auto"  # attention core: auto, flex (FlexAttention, compiled) or sdpa
 
     def __post_init__(self):
@@ -129,6 +131,7 @@ class Hydra(nn.Module):
         self.rope_widths = {block.attn.rope_width for block in self.blocks}
         self.compiled_loss: Callable[..., Tensor] | None = None
         self.recompute = False  # training keeps the input of a block alone, see `routing.run_blocks`
+        self.end_token = -1  # doc_mask: the id that ends a document, -1 = none; whoever knows the tokenizer sets it
         self.init_weights()
 
     @torch.no_grad()
@@ -171,18 +174,21 @@ class Hydra(nn.Module):
 
     def context(
         self, pos: Tensor, lengths: Tensor | None = None, decoding: bool = False, visible: int = 0,
-        uniform: bool = False, static: bool = False,
+        uniform: bool = False, static: bool = False, doc: Tensor | None = None,
     ) -> Context:  # fmt: skip
-        """What the layers share at positions `pos` [T] or [B, T]: rotation tables and, where FlexAttention may run, its
-        block masks. The others are for generation, see `Context`."""
+        """What the layers share at positions `pos` [T] or [B, T]: rotation tables and, where FlexAttention may run or
+        documents `doc` [B, T] are kept apart, masks. The others are for generation, see `Context`."""
         backend = self.config.attn_backend
         T = pos.shape[-1]
         masks = set()
-        if not decoding and backend != "sdpa" and (pos.is_cuda or backend == "flex"):
+        flex = not decoding and backend != "sdpa" and (pos.is_cuda or backend == "flex")
+        if flex and doc is None:
             blocks = [*self.blocks] * self.config.mor_recursions
             tokens = layer_tokens(self.config, T) if self.training else [T] * len(blocks)
             masks = {(n, block.attn.window) for n, block in zip(tokens, blocks, strict=True)}
         ctx = make_context(pos, self.rope_widths, self.config.rope_theta, masks, compute_dtype(self.embed.weight))
+        if doc is not None:
+            ctx = ctx._replace(doc=doc, masks=document_masks(doc, {block.attn.window for block in self.blocks}, flex))
         return ctx._replace(lengths=lengths, decoding=decoding, visible=visible, uniform=uniform, static=static,
                             recompute=self.recompute)  # fmt: skip
 
@@ -191,7 +197,10 @@ class Hydra(nn.Module):
         T = idx_BT.size(1)
         if T > self.config.block_size:
             raise UserError(f"{T} tokens do not fit: crop the text to block_size={self.config.block_size}")
-        x_BTD, records = self.trunk(idx_BT, self.context(torch.arange(T, device=idx_BT.device)))
+        pos, doc = torch.arange(T, device=idx_BT.device), None
+        if self.config.doc_mask:
+            pos, doc = documents(idx_BT, self.end_token)
+        x_BTD, records = self.trunk(idx_BT, self.context(pos, doc=doc))
         if targets_BT is None:
             return Output(self.head(x_BTD[:, -1:]), None, None, {})
         x_ND = self.norm(x_BTD).flatten(0, 1)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Context, LayerState
+from attention import Context, LayerState, document_masks
 
 ROWS = 64  # a prefill rounds its counts up to this, so that few shapes occur
 AUX_DEPTHS, AUX_RECURSIONS = 0.01, 1e-3  # weights of the auxiliary losses of the two papers
@@ -109,6 +109,10 @@ def selection_at(index_Bk: Tensor, gate_Bk: Tensor, ctx: Context, lengths_B: Ten
     rope = {}
     for width, tables in ctx.rope.items():
         rope[width] = tuple(table.expand(B, *table.shape[-3:])[row_B1, index_Bk] for table in tables)
+    if ctx.doc is not None:
+        doc_Bk = ctx.doc.gather(1, index_Bk)
+        flex = not any(isinstance(mask, Tensor) for mask in ctx.masks.values())
+        ctx = ctx._replace(doc=doc_Bk, masks=document_masks(doc_Bk, {window for _, window in ctx.masks}, flex))
     ctx = ctx._replace(pos=ctx.pos.expand(B, -1).gather(1, index_Bk), rope=rope, lengths=lengths_B)
     return Selection(index_Bk[..., None], gate_Bk[..., None], ctx)
 

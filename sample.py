@@ -75,6 +75,7 @@ def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tikt
     # the core that trained may not run here, eager and on another device
     (config,) = build(checkpoint["model_config"] | {"attn_backend": "auto"}, HydraConfig)
     model = Hydra(config).to(device).eval()
+    model.end_token = enc.eot_token
     load_weights(model, checkpoint, path)
     dtype, _ = choose_dtype(options.dtype, device, config.dim)
     model.to(dtype)

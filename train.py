@@ -306,6 +306,8 @@ def main(argv: list[str]) -> int:
 
     # ---- data
     corpus = ranks.one_first(partial(read_corpus, config, run))
+    if config.doc_mask and not corpus.enc:
+        raise UserError("doc_mask=True: these tokens name no end of text: name their vocabulary by --tokenizer")
     check_work(config, run, machine, ranks, len(corpus.val))
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
@@ -317,6 +319,8 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(run.seed)
     model = Hydra(config)
     model.recompute = run.recompute == "block"
+    if config.doc_mask:
+        model.end_token = corpus.enc.eot_token
     trained = spread(model, ranks, machine.device, machine.dtype)
     backends = model.backends(machine.compiled, grad=True)
     optimizer = make_optimizer(model, run)
