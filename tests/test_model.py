@@ -344,12 +344,14 @@ def test_every_option_of_the_model_has_an_effect():
     changes = dict(
         vocab_size=98, block_size=30, dim=128, n_head=2, n_kv_head=4, n_layer=5, pattern="GMCA", mlp_ratio=5.0,
         compression=4, latent_head_dim=16, conv_kernel=2, qk_gain=0.5, value_shift=False, latent_ratio=0.25, window=3,
-        rope_theta=100.0, norm_eps=0.1, mod_capacity=0.5, mor_recursions=2, attn_backend="flex")  # fmt: skip
+        rope_theta=100.0, norm_eps=0.1, mod_capacity=0.5, mor_recursions=2, attn_backend="flex",
+        doc_mask=True)  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(HydraConfig)}
 
     def behaviour(**changed):
         torch.manual_seed(0)
         net = Hydra(HydraConfig(**base | changed))
+        net.end_token = batch()[0][0, 5].item()
         generator = torch.Generator().manual_seed(0)
         shapes = []
         with torch.no_grad():
