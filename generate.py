@@ -160,8 +160,8 @@ def take_slot(model: Hydra, state: DecodingState) -> int:
 
 
 def decode(model: Hydra, token_B: Tensor, state: DecodingState) -> Tensor:
-    """One more token for every row -> logits [B, V]. UserError where the state is full. With doc_mask a row begins again
-    behind an end of text; what it holds no more still counts as full."""
+    """One more token for every row -> logits [B, V]. UserError where the state is full. With doc_mask a row begins
+    again behind an end of text; what it holds no more still counts as full."""
     visible = take_slot(model, state)
     return decode_step(model, token_B, state, visible, state.uniform and not state.static)
 
