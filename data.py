@@ -21,7 +21,6 @@ import os
 import re
 import statistics
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ import torch
 
 from configurator import UserError, build, cli, need, parse
 from formats import MAGIC
-from shards import Shard, find_shards, open_shard, write_shards
+from shards import Shard, complete_file, find_shards, open_shard, write_shards
 from sources import encode, part_pieces, read_texts
 
 EOT = "<|endoftext|>"
@@ -156,20 +155,16 @@ def text_of(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
 def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encoding, source: str) -> None:
     """A token file: a header of HEADER bytes (MAGIC, JSON, spaces), then the ids. Complete, or not there at all."""
     dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
-    temporary, count = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"), 0
-    try:
-        with temporary.open("wb") as file:
-            file.write(bytes(HEADER))
-            for some in ids:
-                file.write(np.array(some, dtype).tobytes())
-                count += len(some)
-            meta = {"version": VERSION, "dtype": dtype, "tokenizer": enc.name, "tokenizer_hash": tokenizer_hash(enc),
-                    "vocab_size": enc.n_vocab, "tokens": count, "source": source}
-            file.seek(0)
-            file.write((MAGIC + json.dumps(meta).encode()).ljust(HEADER))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    count = 0
+    with complete_file(path) as file:
+        file.write(bytes(HEADER))
+        for some in ids:
+            file.write(np.array(some, dtype).tobytes())
+            count += len(some)
+        meta = {"version": VERSION, "dtype": dtype, "tokenizer": enc.name, "tokenizer_hash": tokenizer_hash(enc),
+                "vocab_size": enc.n_vocab, "tokens": count, "source": source}
+        file.seek(0)
+        file.write((MAGIC + json.dumps(meta).encode()).ljust(HEADER))
 
 
 def highest_id(path: str | Path, dtype: np.dtype) -> int:
@@ -276,10 +271,10 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
     token shards, whose ids are the tokenizer's or, with "auto" and "none", below `vocab_size`. Validation is
     `val_data`, or `val_fraction` of a text; JSON lines have theirs in `text_field`. What a run writes, `cache_dir` and
     `out_dir`, is no part of a text. Raises UserError: no text, unreadable, no room, a bad shard."""
-    sides = find_shards(data, without=MAGIC) if data else {}  # a cache may lie beside its text
+    sides = find_shards(data) if data else {}
     if sides:
         if val_data:
-            sides["val"] = [path for paths in find_shards(val_data, without=MAGIC).values() for path in paths]
+            sides["val"] = [path for paths in find_shards(val_data).values() for path in paths]
         return shard_corpus(data, sides, tokenizer, vocab_size)
     enc = get_tokenizer(tokenizer)
     try:

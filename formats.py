@@ -76,6 +76,12 @@ ASCII, LATIN = bytes(range(128)), bytes(range(160, 256))
 
 # ---- what a file is
 
+def is_token_file(path: str | Path) -> bool:
+    """Whether this project wrote it, see data.py; OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def sniff_binary(head: bytes) -> Unfit | None:
     """Archives and containers, UTF-16 and UTF-32, whatever has a zero byte."""
     if head.startswith(tuple(FORMATS)):

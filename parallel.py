@@ -227,7 +227,7 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dty
     fully_shard(model, mesh=mesh)
 
 
-def spread(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def distribute(model: nn.Module, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """`model` (with `blocks`) over the ranks -> the module that training calls. Under fsdp its parameters are replaced:
     an optimiser comes later."""
     if ranks.mode == "fsdp":
@@ -287,7 +287,7 @@ def contents(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     return found
 
 
-def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Every rank writes its part; UserError where one cannot."""
     import torch.distributed.checkpoint as dcp
 
@@ -298,7 +298,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"cannot write {folder} ({reason}): free some space or choose another folder") from error
 
 
-def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+def read_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill the tensors, whole ones or parts; UserError where the files are not theirs."""
     import torch.distributed.checkpoint as dcp
 

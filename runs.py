@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 
 from configurator import UserError
 from machine import sync
-from parallel import Ranks, contents, gathered, launch_id, placed, read_shards, write_shards
+from parallel import Ranks, contents, gathered, launch_id, placed, read_parts, write_parts
 
 FILES = ("last.pt", "best.pt", "log.jsonl", "config.toml", "trace.json", "memory.pickle")  # the last two: profiles
 PARTS = ("model_config", "train_config", "fingerprint", "tokenizer", "step", "best")  # of a checkpoint
@@ -146,7 +146,7 @@ def start_from(model: nn.Module, run: str, tokenizer: str) -> None:
 def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
     """UserError where the checkpoint's weights are not the model's."""
     if "shards" in checkpoint:
-        read_shards(path.with_name(checkpoint["shards"]), contents(model, None))
+        read_parts(path.with_name(checkpoint["shards"]), contents(model, None))
         return
     own = model.state_dict()
     try:
@@ -172,7 +172,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
 def restore(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """A checkpoint of any number of ranks into the model and optimiser of this one."""
     if "shards" in checkpoint:
-        read_shards(path.with_name(checkpoint["shards"]), contents(model, optimizer))
+        read_parts(path.with_name(checkpoint["shards"]), contents(model, optimizer))
         return
     load_weights(model, checkpoint, path)
     restore_optimizer(optimizer, checkpoint["optimizer"])
@@ -189,7 +189,7 @@ def save_run(path: Path, content: dict, model: nn.Module, optimizer: torch.optim
     content["launch"] = launch_id()
     if optimizer and ranks.mode == "fsdp":
         content["shards"] = f"shards-{content['step']}"
-        write_shards(path.with_name(content["shards"]), contents(model, optimizer))
+        write_parts(path.with_name(content["shards"]), contents(model, optimizer))
     else:
         content["model"] = gathered(model, ranks)
         if optimizer:

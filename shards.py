@@ -6,6 +6,7 @@
   every slice that is read is checked.
 """
 
+import contextlib
 import functools
 import glob
 import mmap
@@ -13,12 +14,15 @@ import os
 import re
 import struct
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from configurator import UserError
+from formats import is_token_file
 
 # (magic, version) -> type of the ids. karpathy/llm.c, dev/data/data_common.py, has the first (GPT-2) and the last
 # (Llama 3); the second is the first with wide ids, as a public script for other tokenizers writes it.
@@ -101,17 +105,16 @@ def open_shard(path: Path, limit: int) -> Shard:
     return Shard(path, dtype, HEADER, count, limit)
 
 
-def begins_with(path: Path, begin: bytes) -> bool:
+def is_ours(path: Path) -> bool:
+    """Whether it is a token file of a cache, which may lie beside its text."""
     try:
-        with path.open("rb") as file:
-            return file.read(len(begin)) == begin
+        return is_token_file(path)
     except OSError:
         return False  # open_shard will say why
 
 
-def find_shards(data: str, without: bytes) -> dict[str, list[Path]]:
-    """Side -> files *.bin with train or val as a word of their names, of a folder, a glob or a file `data`; none that
-    begins with `without`."""
+def find_shards(data: str) -> dict[str, list[Path]]:
+    """Side -> files *.bin with train or val as a word of their names, of a folder, a glob or a file `data`."""
     path = Path(data).expanduser()
     found = [path]
     if path.is_dir():
@@ -121,9 +124,21 @@ def find_shards(data: str, without: bytes) -> dict[str, list[Path]]:
     sides: dict[str, list[Path]] = {}
     for file in sorted(found):
         words = re.findall(r"(?<![a-z])(train|val)(?![a-z])", file.stem.lower())
-        if words and file.suffix == ".bin" and file.is_file() and not begins_with(file, without):
+        if words and file.suffix == ".bin" and file.is_file() and not is_ours(file):
             sides.setdefault(words[-1], []).append(file)
     return sides
+
+
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is at `path` once it is complete, and nowhere if it is not."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_shards(folder: Path, side: str, ids: np.ndarray, vocab_size: int) -> None:
@@ -132,11 +147,6 @@ def write_shards(folder: Path, side: str, ids: np.ndarray, vocab_size: int) -> N
     for number, first in enumerate(range(0, len(ids), SHARD_TOKENS)):
         part = ids[first:first + SHARD_TOKENS].astype(FORMATS[magic, version])
         path = folder / f"text_{side}_{number:06}.bin"
-        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(struct.pack("<3i", magic, version, len(part)).ljust(HEADER, b"\0"))
-                file.write(part)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with complete_file(path) as file:
+            file.write(struct.pack("<3i", magic, version, len(part)).ljust(HEADER, b"\0"))
+            file.write(part)

@@ -31,7 +31,7 @@ import numpy as np
 import tiktoken
 
 from configurator import UserError
-from formats import CHUNK, MAGIC, TextFile, Unfit, inspect, pieces
+from formats import CHUNK, TextFile, Unfit, inspect, is_token_file, pieces
 
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
@@ -85,11 +85,6 @@ class Source:
 
     def size(self) -> int:
         return sum(file.size for file in self.files)
-
-
-def is_token_file(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def is_written(entries: list[os.DirEntry]) -> bool:

@@ -30,7 +30,7 @@ from generate import continue_text
 from layers import IGNORE
 from machine import DTYPES, Machine, Prefetch, choose_machine, peak_memory, total_memory
 from model import Hydra, HydraConfig
-from parallel import ALONE, Ranks, accumulates, ends_together, join, launched, local, pooled, restarted, spread
+from parallel import ALONE, Ranks, accumulates, distribute, ends_together, join, launched, local, pooled, restarted
 from runs import Progress
 from sources import split_warning
 
@@ -227,8 +227,12 @@ def step_batches(tokens: np.ndarray | Tokens, config: HydraConfig, run: TrainCon
 
 
 def read_corpus(config: HydraConfig, run: TrainConfig) -> Corpus:
-    return prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir, run.val_fraction, run.val_data, run.text_field,
-                   config.vocab_size)  # fmt: skip
+    """What a run trains on; UserError where its tokens do not tell what the run must know of them."""
+    corpus = prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir, run.val_fraction, run.val_data,
+                     run.text_field, config.vocab_size)  # fmt: skip
+    if config.doc_mask and not corpus.enc:
+        raise UserError("doc_mask=True: these tokens name no end of text: name their vocabulary by --tokenizer")
+    return corpus
 
 
 def warnings_of(corpus: Corpus, config: HydraConfig) -> list[str]:
@@ -306,8 +310,6 @@ def main(argv: list[str]) -> int:
 
     # ---- data
     corpus = ranks.one_first(partial(read_corpus, config, run))
-    if config.doc_mask and not corpus.enc:
-        raise UserError("doc_mask=True: these tokens name no end of text: name their vocabulary by --tokenizer")
     check_work(config, run, machine, ranks, len(corpus.val))
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
@@ -321,7 +323,7 @@ def main(argv: list[str]) -> int:
     model.recompute = run.recompute == "block"
     if config.doc_mask:
         model.end_token = corpus.enc.eot_token
-    trained = spread(model, ranks, machine.device, machine.dtype)
+    trained = distribute(model, ranks, machine.device, machine.dtype)
     backends = model.backends(machine.compiled, grad=True)
     optimizer = make_optimizer(model, run)
     progress = begin(model, optimizer, checkpoint, run, ids)

@@ -72,3 +72,14 @@ class Taped(Replayed):
         with Tape() as tape:
             step()
         return tape.replay
+
+
+def listed(captures: list[int]) -> type[Taped]:
+    """`Taped` that notes of every capture the slots that its step reads."""
+
+    class Listed(Taped):
+        def capture(self, step):
+            captures.append(*step.args)
+            return super().capture(step)
+
+    return Listed

@@ -18,19 +18,6 @@ AWKWARD = ("\ufeffdef f(x):\r\n\tif x:\n        return 'naïve 数 🐍 e\u0301'
 TOKENIZERS = ("python4096", "bytes")
 
 
-def write_folder(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(root)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    files = {f"part{i % 3}/{i}.txt": f"text {i}\nénd {i * i}\n" * 20 for i in range(40)}
-    return write_folder(tmp_path / "texts", files)
-
-
 def prepare(source, tmp_path, tokenizer="bytes"):
     return data.prepare(str(source), tokenizer, str(tmp_path / "cache"))
 

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from tape import Tape, Taped
+from tape import Tape, listed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -276,13 +276,7 @@ def test_tokens_come_one_by_one_and_as_many_as_asked():
 def taped(monkeypatch) -> list[int]:
     """Steps are replayed from tapes as on CUDA from graphs -> of every capture the slots that it reads."""
     captures = []
-
-    class Listed(Taped):
-        def capture(self, step):
-            captures.append(*step.args)
-            return super().capture(step)
-
-    monkeypatch.setattr(generation, "Replayed", Listed)
+    monkeypatch.setattr(generation, "Replayed", listed(captures))
     return captures
 
 

@@ -1,5 +1,6 @@
 """The layers with a backward of their own against torch's: values, gradients, what they keep, what they refuse."""
 
+import contextlib
 import math
 
 import pytest
@@ -13,6 +14,19 @@ import layers
 from layers import IGNORE, ChunkedCrossEntropy, Linear, RMSNorm, SwiGLU, compute_dtype, cross_entropy, loss_chunk
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@contextlib.contextmanager
+def keeping():
+    """Storage -> numbers of it, of what autograd keeps for the backward."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield kept
 
 
 # ---- RMSNorm
@@ -47,16 +61,10 @@ def test_rmsnorm_s_gradient_at_a_row_of_zeros_is_that_of_its_epsilon():
 
 
 def test_rmsnorm_keeps_its_input_and_a_number_a_row():
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.numel()
-        return t
-
     norm = RMSNorm(64, 1e-6)
     norm.init_weights()
     x = torch.randn(5, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with keeping() as kept:
         norm(x)
     assert sorted(kept.values()) == [5, 64, 5 * 64]
     assert x.untyped_storage().data_ptr() in kept
@@ -104,14 +112,8 @@ def test_swiglu_with_gradients_is_the_plain_one_and_keeps_less(autocast):
     torch.manual_seed(0)
     mlp = SwiGLU(64, 96)
     x = torch.randn(2, 5, 64, requires_grad=True)
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.numel()
-        return t
-
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with keeping() as kept:
             got = mlp(x)
         gate, up = F.linear(x, mlp.gate_up.weight).chunk(2, dim=-1)
         expected = F.linear(F.silu(gate) * up, mlp.down.weight)
@@ -132,15 +134,9 @@ def test_swiglu_compiled_keeps_no_product_either():
     torch.manual_seed(0)
     mlp = SwiGLU(64, 96)
     x = torch.randn(2, 5, 64, requires_grad=True)
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.numel()
-        return t
-
     expected = mlp(x)
     plain = torch.autograd.grad(expected.square().sum(), [x, *mlp.parameters()])
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with keeping() as kept:
         got = torch.compile(mlp, fullgraph=True, dynamic=False)(x)
     assert sum(n for n in kept.values() if n % 96 == 0 and n < 64 * 96) == 10 * 2 * 96
     torch.testing.assert_close(got, expected)

@@ -241,7 +241,7 @@ def tiny(mode: str, dtype: torch.dtype = torch.float32):
     """(model, what training calls, optimiser, two batches)."""
     torch.manual_seed(0)
     model = Hydra(HydraConfig(**SHAPE))
-    trained = parallel.spread(model, Ranks(mode), torch.device("cpu"), dtype)
+    trained = parallel.distribute(model, Ranks(mode), torch.device("cpu"), dtype)
     optimizer = train.make_optimizer(model, train.TrainConfig())
     batches = [tuple(torch.randint(257, (2, 2, 32))) for _ in range(2)]
     return model, trained, optimizer, batches

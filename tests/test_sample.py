@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tape import Taped
+from tape import listed
 from test_train import checkpoint, options, shape, text_tokens
 
 import generate as generation
@@ -107,13 +107,7 @@ def test_captured_steps_give_the_same_text(run, monkeypatch):
     args = ["--prompt=import é", "--max_new_tokens=20", "--temperature=0"]
     expected = run(*args)[0]
     captures = []
-
-    class Listed(Taped):
-        def capture(self, step):
-            captures.append(*step.args)
-            return super().capture(step)
-
-    monkeypatch.setattr(generation, "Replayed", Listed)
+    monkeypatch.setattr(generation, "Replayed", listed(captures))
     monkeypatch.setattr(sample, "choose_compile", lambda *_: None)
     monkeypatch.setattr(sample, "compile_decoding", lambda model: None)
     assert run(*args, "--compile=on")[0] == expected

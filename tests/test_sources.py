@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_folder
 from test_train import options
 
 import data
@@ -29,19 +30,6 @@ import train
 from configurator import UserError
 
 TOKENIZERS = ("python4096", "bytes")
-
-
-def write_folder(root, files):
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(root)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    files = {f"part{i % 3}/{i}.txt": f"text {i}\nénd {i * i}\n" * 20 for i in range(40)}
-    return write_folder(tmp_path / "texts", files)
 
 
 def prepare(source, tmp_path, tokenizer="bytes", **keys):
