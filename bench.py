@@ -38,11 +38,12 @@ import machine
 from accounting import attention_flops, count_params, flops_per_token, matrix_flops, skeleton, state_bytes, step_bytes
 from attention import KINDS, ccqa_heads, letters_help
 from configurator import UserError, build, cli, need, parse, to_toml
+from files import write_text
 from generate import Replayed, compile_decoding, decode_step, new_state, pack, prefill, take_slot
 from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, peak_of, ratio, spread
 from model import Hydra, HydraConfig
 from routing import layer_tokens, recursion_tokens
-from runs import git_hash, write_text
+from runs import git_hash
 from train import TrainConfig, make_optimizer, train_step
 
 CONFIGS = Path(__file__).parent / "config"

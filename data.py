@@ -30,8 +30,9 @@ import tiktoken
 import torch
 
 from configurator import UserError, build, cli, need, parse
+from files import complete_file, write_text
 from formats import MAGIC
-from shards import Shard, complete_file, find_shards, open_shard, write_shards
+from shards import Shard, find_shards, open_shard, write_shards
 from sources import encode, part_pieces, read_texts
 
 EOT = "<|endoftext|>"
@@ -413,7 +414,7 @@ def train_tokenizer(out: Path, options: CommandConfig) -> None:
     trainer.train_from_iterator(pieces, options.vocab_size - 1, pattern=PATTERN)
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
-    out.write_text("".join(lines), newline="\n")
+    write_text(out, "".join(lines))
     same = "that of" if text.fingerprint == RANKS_CORPUS else "NOT that of"
     print(f"{out}: {len(ranks)} ranks of {text.title}, {same} the shipped ranks ({text.fingerprint[:12]}). Use them "
           f"with --tokenizer={out} --vocab_size={len(ranks) + 1}")

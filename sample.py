@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from accounting import count_params, state_bytes
+from checkpoints import load_checkpoint, load_weights
 from configurator import UserError, build, cli, need, parse
 from data import stored_tokenizer, text_of, token_text
 from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
 from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth
 from model import Hydra, HydraConfig
-from runs import load_checkpoint, load_weights
 
 
 @dataclass(frozen=True)

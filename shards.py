@@ -6,22 +6,19 @@
   every slice that is read is checked.
 """
 
-import contextlib
 import functools
 import glob
 import mmap
 import os
 import re
 import struct
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from configurator import UserError
+from files import complete_file
 from formats import is_token_file
 
 # (magic, version) -> type of the ids. karpathy/llm.c, dev/data/data_common.py, has the first (GPT-2) and the last
@@ -127,18 +124,6 @@ def find_shards(data: str) -> dict[str, list[Path]]:
         if words and file.suffix == ".bin" and file.is_file() and not is_ours(file):
             sides.setdefault(words[-1], []).append(file)
     return sides
-
-
-@contextlib.contextmanager
-def complete_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is at `path` once it is complete, and nowhere if it is not."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_shards(folder: Path, side: str, ids: np.ndarray, vocab_size: int) -> None:

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import checkpoints
 import runs
 from accounting import count_params, flops_per_token, memory_plan, plan_lines
 from attention import KINDS, letters_help
+from checkpoints import Progress
 from configurator import UserError, build, cli, need, parse, to_toml
 from data import Batch, Corpus, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from generate import continue_text
@@ -31,7 +33,6 @@ from layers import IGNORE
 from machine import DTYPES, Machine, Prefetch, choose_machine, peak_memory, total_memory
 from model import Hydra, HydraConfig
 from parallel import ALONE, Ranks, accumulates, distribute, ends_together, join, launched, local, pooled, restarted
-from runs import Progress
 from sources import split_warning
 
 SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
@@ -197,13 +198,13 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
     given = parse(argv, *kinds, doc=f"{__doc__}\n{letters_help()}")
     (where,) = build({name: given[name] for name in ("out_dir", "resume", "init_from") if name in given}, TrainConfig)
     if where.init_from and not where.resume:
-        path = runs.weights_path(where.init_from)
-        source, notes = runs.load_checkpoint(path, {"model_config": HydraConfig, "train_config": TrainConfig})
+        path = checkpoints.weights_path(where.init_from)
+        source, notes = checkpoints.load_checkpoint(path, {"model_config": HydraConfig, "train_config": TrainConfig})
         base = source["model_config"] | {"tokenizer": source["train_config"]["tokenizer"]}
         return *build(given, *kinds, base=base), None, notes
     if not where.resume:
         return *build(given, *kinds), None, []
-    checkpoint, notes = runs.resumable(Path(where.out_dir), given, *kinds)
+    checkpoint, notes = checkpoints.resumable(Path(where.out_dir), given, *kinds)
     stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir, "profile": 0}
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
@@ -245,11 +246,11 @@ def begin(model: Hydra, optimizer: torch.optim.Optimizer, checkpoint: dict | Non
     """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
     if checkpoint:
         path = Path(run.out_dir, "last.pt")
-        runs.check_text(checkpoint, ids, path.parent, run.data)
-        runs.restore(path, checkpoint, model, optimizer)
+        checkpoints.check_text(checkpoint, ids, path.parent, run.data)
+        checkpoints.restore(path, checkpoint, model, optimizer)
         return Progress.of(checkpoint)
     if run.init_from:
-        runs.start_from(model, run.init_from, ids["tokenizer"])
+        checkpoints.start_from(model, run.init_from, ids["tokenizer"])
     return Progress()
 
 
@@ -298,7 +299,7 @@ def main(argv: list[str]) -> int:
     ranks, device = join(run.parallel, run.device)
     if run.plan:
         return print_plan(config, run)
-    if ranks.any(restarted()) and ranks.first(runs.has_begun(config, run)):
+    if ranks.any(restarted()) and ranks.first(checkpoints.has_begun(config, run)):
         config, run, checkpoint, notes = configure([*argv, "--resume"])
     out = Path(run.out_dir)
     rows = ranks.rows(run.batch_size)
@@ -333,7 +334,7 @@ def main(argv: list[str]) -> int:
 
     def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         configs = {"model_config": asdict(config), "train_config": asdict(run)}
-        runs.save_run(out / name, configs | ids | asdict(progress), model, optimizer, ranks)
+        checkpoints.save_run(out / name, configs | ids | asdict(progress), model, optimizer, ranks)
 
     # ---- the run's folder; say what was chosen and why
     begins = first_step if checkpoint else None

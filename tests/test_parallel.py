@@ -22,16 +22,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import checkpoints
 import parallel
 import runs
 import sample
 import train
+from checkpoints import Progress
 from configurator import UserError
 from data import eval_batches
 from machine import compile_blocks
 from model import Hydra, HydraConfig
 from parallel import Ranks
-from runs import Progress
 
 ROOT = Path(train.__file__).parent
 SHAPE = {"vocab_size": 257, "block_size": 32, "dim": 32, "n_head": 2, "n_kv_head": 1, "compression": 2,
@@ -169,10 +170,10 @@ def test_files_of_two_processes_are_for_one(folders, model, mode):
     stored = torch.load(folder / "last.pt")
     assert stored["train_config"]["parallel"] == mode and ("shards" in stored) == (mode == "fsdp")
     assert len(list(folder.glob("shards-*/*.distcp"))) == (2 if mode == "fsdp" else 0)
-    best = runs.load_checkpoint(folder / "best.pt", {})[0]
+    best = checkpoints.load_checkpoint(folder / "best.pt", {})[0]
     assert best["step"] == stored["step"] == 8
     read = Hydra(HydraConfig(**stored["model_config"]))
-    runs.load_weights(read, stored, folder / "last.pt")
+    checkpoints.load_weights(read, stored, folder / "last.pt")
     assert all(torch.equal(tensor, best["model"][name]) for name, tensor in read.state_dict().items())
     options = sample.SampleConfig(out_dir=str(folder), checkpoint="last", dtype="float32")
     assert torch.equal(sample.load_model(options, torch.device("cpu"))[0].embed.weight, read.embed.weight)
@@ -303,11 +304,11 @@ def test_a_sharded_checkpoint_is_whole_before_it_is_named(alone, tmp_path, monke
 
     def save(step: int) -> None:
         train.train_step(trained, optimizer, batches, 1.0, torch.autocast("cpu", enabled=False), ranks)
-        runs.save_run(path, config | asdict(Progress(step=step)), model, optimizer, ranks)
+        checkpoints.save_run(path, config | asdict(Progress(step=step)), model, optimizer, ranks)
 
     save(4)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_checkpoint", lambda path, content: (_ for _ in ()).throw(UserError("full")))
+        patch.setattr(checkpoints, "save_checkpoint", lambda path, content: (_ for _ in ()).throw(UserError("full")))
         with pytest.raises(UserError, match="full"):
             save(8)
     assert torch.load(path)["shards"] == "shards-4" and (tmp_path / "shards-4" / ".metadata").exists()
@@ -315,7 +316,7 @@ def test_a_sharded_checkpoint_is_whole_before_it_is_named(alone, tmp_path, monke
     save(12)
     assert [folder.name for folder in tmp_path.glob("shards-*")] == ["shards-12"]
     other, _, fresh, _ = tiny("fsdp")
-    runs.restore(path, runs.load_checkpoint(path, {})[0], other, fresh)
+    checkpoints.restore(path, checkpoints.load_checkpoint(path, {})[0], other, fresh)
     after = parallel.gathered(other, ranks)
     assert all(torch.equal(tensor, parallel.gathered(model, ranks)[name]) for name, tensor in after.items())
     assert not torch.equal(after["embed.weight"], before)
@@ -324,7 +325,7 @@ def test_a_sharded_checkpoint_is_whole_before_it_is_named(alone, tmp_path, monke
     assert all(torch.equal(a[n], b[n]) for a, b in zip(moments, read, strict=True) for n in a)
     assert runs.set_aside(tmp_path) and (tmp_path / "run-1" / "shards-12").exists()
     with pytest.raises(UserError, match="shards-12 .*restore it"):
-        runs.restore(path, {"shards": "shards-12"}, other, fresh)
+        checkpoints.restore(path, {"shards": "shards-12"}, other, fresh)
 
 
 @pytest.mark.slow
@@ -395,10 +396,10 @@ def test_processes_that_cannot_meet_are_one_line(monkeypatch, env, call, message
 def test_only_a_restart_of_just_this_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     config, run = HydraConfig(**SHAPE), train.TrainConfig(out_dir=str(tmp_path))
-    assert not runs.has_begun(config, run)
+    assert not checkpoints.has_begun(config, run)
     content = {"model": {}, "fingerprint": "", "tokenizer": "", "model_config": asdict(config)}
-    runs.save_checkpoint(tmp_path / "last.pt", content | {"train_config": asdict(run)} | asdict(Progress()))
-    assert runs.has_begun(config, run)
-    assert not runs.has_begun(config, train.TrainConfig(out_dir=str(tmp_path), seed=1))
+    checkpoints.save_checkpoint(tmp_path / "last.pt", content | {"train_config": asdict(run)} | asdict(Progress()))
+    assert checkpoints.has_begun(config, run)
+    assert not checkpoints.has_begun(config, train.TrainConfig(out_dir=str(tmp_path), seed=1))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another call of torchrun")
-    assert not runs.has_begun(config, run)
+    assert not checkpoints.has_begun(config, run)

@@ -27,6 +27,8 @@ from test_train import (  # noqa: F401 the fixture `signals` is used by its name
     text_tokens,
 )
 
+import checkpoints
+import files
 import runs
 import sample
 import train
@@ -46,70 +48,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-# ---- whole or absent
-
-
-@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("No space left on device")])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, error):
-    path = tmp_path / "last.pt"
-    path.write_text("old")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise error
-
-    with pytest.raises(UserError, match="No space left on device.*free some space"):
-        runs.write_atomically(path, fail)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
-
-
-def test_a_write_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    path.write_text("old")
-    events = []
-
-    def write(temporary: Path) -> None:
-        events.append(("write", path.read_text()))
-        temporary.write_text("new")
-
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: events.append(("fsync", path.read_text())) or fsync(number))
-    monkeypatch.setattr(os, "replace", lambda *paths: events.append(("replace", path.read_text())) or replace(*paths))
-    runs.write_atomically(path, write)
-    assert events == [("write", "old"), ("fsync", "old"), ("replace", "old")]
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["last.pt"]
-
-
-def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path):
-    path = tmp_path / "last.pt"
-    path.write_text("old")
-
-    def interrupt(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runs.write_atomically(path, interrupt)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
+# ---- nothing is overwritten
 
 
 def test_checkpoints_and_configurations_are_written_that_way(tmp_path, monkeypatch):
     written = []
-    real = runs.write_atomically
+    real = files.complete_file
 
-    def write_atomically(path, write):
+    def complete_file(path):
         written.append(path.name)
-        real(path, write)
+        return real(path)
 
-    monkeypatch.setattr(runs, "write_atomically", write_atomically)
+    monkeypatch.setattr(files, "complete_file", complete_file)
     train.main(options(tmp_path, "run", max_iters=1))
     assert written == ["config.toml", "last.pt", "best.pt"]
     written.clear()
     train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_iters=2", "--sample_tokens=0"])
     assert written[:3] == ["log.jsonl", "config.toml", "last.pt"]
-
-
-# ---- nothing is overwritten
 
 
 def test_a_new_run_overwrites_nothing(tmp_path, capsys):
@@ -302,22 +257,22 @@ class Options:
 
 
 def stored(**parts) -> dict:
-    return dict.fromkeys((*runs.PARTS, "model", "optimizer", *vars(runs.Progress())), 0) | parts
+    return dict.fromkeys((*checkpoints.PARTS, "model", "optimizer", *vars(checkpoints.Progress())), 0) | parts
 
 
 def test_a_checkpoint_is_fitted_to_the_options_of_today(tmp_path):
     path = tmp_path / "last.pt"
     torch.save(stored(model_config={"width": 5, "name": "y"}), path)
-    found, notes = runs.load_checkpoint(path, {"model_config": Options})
+    found, notes = checkpoints.load_checkpoint(path, {"model_config": Options})
     assert found["model_config"] == {"width": 5, "name": "y"} and notes == []
     torch.save(stored(model_config={"width": 5}, step=7), path)
-    found, notes = runs.load_checkpoint(path, {"model_config": Options})
+    found, notes = checkpoints.load_checkpoint(path, {"model_config": Options})
     assert found["model_config"] == {"width": 5, "name": "x"} and found["step"] == 7
     assert notes == [f"{path} is older than the option name, which is 'x' for it"]
     torch.save(stored(model_config={"width": 5, "colour": "red"}), path)
     with pytest.raises(UserError, match="has the option 'colour', which this version of the project does not know"):
-        runs.load_checkpoint(path, {"model_config": Options})
-    assert runs.load_checkpoint(path, {})[1] == []
+        checkpoints.load_checkpoint(path, {"model_config": Options})
+    assert checkpoints.load_checkpoint(path, {})[1] == []
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path):
@@ -336,9 +291,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_alone(tmp_path):
             train.main([*options(tmp_path, "run"), "--resume"])
     torch.save(stored(model=Path("/")), path)  # an object that would run code of its own
     with pytest.raises(UserError, match="damaged or foreign"):
-        runs.load_checkpoint(path, {})
+        checkpoints.load_checkpoint(path, {})
     with pytest.raises(UserError, match="best.pt does not exist: train first"):
-        runs.load_checkpoint(path.with_name("best.pt"), {})
+        checkpoints.load_checkpoint(path.with_name("best.pt"), {})
 
 
 def change(path: Path, **parts) -> None:
@@ -453,28 +408,28 @@ def test_another_model_cannot_be_resumed_but_another_core_can(tmp_path):
                      train_config={"tokenizer": "gpt2", "max_iters": 8}, step=5)  # fmt: skip
     torch.save(content, tmp_path / "last.pt")
     for given in ({}, {"dim": 2}, {"attn_backend": "sdpa"}, {"tokenizer": "gpt2", "max_iters": 9}):
-        found, notes = runs.resumable(tmp_path, given, Model, Run)
+        found, notes = checkpoints.resumable(tmp_path, given, Model, Run)
         assert found["model_config"]["dim"] == 2 and notes == []
     for given, words in (({"dim": 1}, "dim=1: the run in .* has 2"), ({"tokenizer": "bytes"}, "has 'gpt2'")):
         with pytest.raises(UserError, match=words + ", which --resume cannot change"):
-            runs.resumable(tmp_path, given, Model, Run)
-    assert runs.resumable(tmp_path, {"max_iters": 5}, Model, Run)[0]["step"] == 5
+            checkpoints.resumable(tmp_path, given, Model, Run)
+    assert checkpoints.resumable(tmp_path, {"max_iters": 5}, Model, Run)[0]["step"] == 5
     with pytest.raises(UserError, match="max_iters=4: the run in .* is at step 5: ask for more"):
-        runs.resumable(tmp_path, {"max_iters": 4}, Model, Run)
+        checkpoints.resumable(tmp_path, {"max_iters": 4}, Model, Run)
 
 
 def test_a_changed_text_or_tokenizer_is_named(tmp_path):
     ids = {"fingerprint": "a" * 64, "tokenizer": "b" * 64}
-    runs.check_text(ids, ids, tmp_path, "text")
+    checkpoints.check_text(ids, ids, tmp_path, "text")
     for name, what in (("fingerprint", "text"), ("tokenizer", "tokenizer")):
         with pytest.raises(UserError, match=f"the {what} has changed since .* began .*cccc.*, not {ids[name][:12]}"):
-            runs.check_text(ids, ids | {name: "c" * 64}, tmp_path, "text")
+            checkpoints.check_text(ids, ids | {name: "c" * 64}, tmp_path, "text")
 
 
 def test_a_run_killed_behind_its_evaluation_keeps_its_best(tmp_path, monkeypatch):
     """Killed after the best.pt of step 2, before anything else: the evaluation comes again, and again is the best."""
     out = tmp_path / "run"
-    real = runs.save_checkpoint
+    real = checkpoints.save_checkpoint
 
     def save_checkpoint(path, content):
         real(path, content)
@@ -482,7 +437,7 @@ def test_a_run_killed_behind_its_evaluation_keeps_its_best(tmp_path, monkeypatch
             raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_checkpoint", save_checkpoint)
+        patch.setattr(checkpoints, "save_checkpoint", save_checkpoint)
         with pytest.raises(SystemExit):
             train.main(options(tmp_path, "run", max_iters=3, eval_interval=2, learning_rate=0.01))
     killed = checkpoint(out, "best")

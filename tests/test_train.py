@@ -596,14 +596,14 @@ def test_checkpoints_come_before_evaluations_and_best_after_a_better_one(tmp_pat
         events.append(loss)
         return {"val_loss": loss, "val_bpb": loss}
 
-    real = train.runs.save_checkpoint
+    real = train.checkpoints.save_checkpoint
 
     def save_checkpoint(path, content):
         events.append((path.name, content["step"], content["best"], "optimizer" in content))
         real(path, content)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    monkeypatch.setattr(train.runs, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(train.checkpoints, "save_checkpoint", save_checkpoint)
     train.main(options(tmp_path, "run", max_iters=7, eval_interval=2, sample_tokens=0))
     assert events == [
         9.0,  # before the first step: nothing to save
@@ -969,14 +969,14 @@ def test_moments_are_restored_and_options_are_not():
     old.step()
     new = optimizer(4.0, 0.2)
     made = [{k: v for k, v in group.items() if k != "params"} for group in new.param_groups]
-    train.runs.restore_optimizer(new, old.state_dict())
+    train.checkpoints.restore_optimizer(new, old.state_dict())
     assert [{k: v for k, v in group.items() if k != "params"} for group in new.param_groups] == made
     for parameter, gradient in ((p, 2.0), (q, 3.0)):
         assert new.state[parameter]["step"] == 1
         assert torch.allclose(new.state[parameter]["exp_avg"], torch.full_like(parameter, gradient / 2))
     third = torch.optim.AdamW([p, q])
     with pytest.raises(ValueError, match="parameter group"):
-        train.runs.restore_optimizer(third, old.state_dict())
+        train.checkpoints.restore_optimizer(third, old.state_dict())
 
 
 # ---- errors
@@ -986,7 +986,7 @@ def test_moments_are_restored_and_options_are_not():
     (["--vocab_size=200"], "vocab_size 200 is smaller than the 257 tokens of 'bytes'"),
     (["--data=/nowhere/at/all"], "no such file or folder"),
     (["--tokenizer=gpt3"], "unknown tokenizer 'gpt3': did you mean"),
-    (["--block_size=100000"], "block_size 100000 needs 100001 tokens"),
+    (["--block_size=50000", "--batch_size=1"], "block_size 50000 needs 50001 tokens"),
     (["--resume"], "last.pt does not exist: train first"),
     (["--device=cuda:77"], "sees no such GPU"),
     (["--attn_backend=flex"], "attn_backend=flex cannot work here"),
