@@ -3,7 +3,8 @@
 
 - speed: forward and forward+backward of each attention, of a block with it, of the macro-block and of the transformer.
 - memory: bytes of a step of attentions and of a training step. - compression: CCQA at 2x, 4x and 8x.
-- flops: attention and layer (with its MLP) as a part of MHA's. - train: a step of config/tiny.toml and of the shape.
+- flops: attention and layer (with its MLP) as a part of MHA's. - train: a step of config/tiny.toml, the same with
+  doc_mask (documents), and one of the shape.
 - length: time against T for each letter; --peers: CCQA against transformers' ZayaAttention.
 - decode: steps behind T tokens; mha_x and uncached_x: how many times slower MHA and forwards without states are.
 - routing: a training step, a prefill and decoding with MoD, MoR and both (or as the shape has it) against the dense
@@ -199,6 +200,7 @@ class Contestant:
         mixed = dtype == "bfloat16" and level not in GENERATING
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
         self.net = net = Hydra(subject(level, config, T)).to(device)
+        net.end_token = 0  # for doc_mask; the ids are random
         self.parts = list(net.blocks)  # what is compiled
         self.leaves = list(net.parameters())
         self.batch = torch.randint(0, net.config.vocab_size, (2, B, T), device=device)
@@ -487,7 +489,10 @@ def train_table(bench: Bench) -> Iterator[dict]:
     tiny, run = build(parse([str(CONFIGS / "tiny.toml")], HydraConfig, TrainConfig), HydraConfig, TrainConfig)
     cases = (("tiny", tiny, run.batch_size, tiny.block_size), ("shape", bench.config, 4, 256))
     for (name, config, B, T), dtype in product(cases, reversed(bench.dtypes)):
-        yield from compare(bench, {name: ("train", config)}, B, T, dtype)
+        what = {name: ("train", config)}
+        if name == "tiny":
+            what["documents"] = "train", replace(config, doc_mask=True)
+        yield from compare(bench, what, B, T, dtype)
 
 
 def decode_table(bench: Bench) -> Iterator[dict]:

@@ -200,8 +200,9 @@ def test_train_is_rated_by_three_forwards(run, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "CONFIGS", tmp_path)
     rows = run("train", "--only=eager")["tables"]["train"]
     check(rows)
-    assert [(r["mix"], r["B"], r["T"]) for r in rows] == [("tiny", 3, 8)] * 2 + [("shape", 4, 256)] * 2
-    for row in rows[2:]:
+    pair = [("tiny", 3, 8), ("documents", 3, 8)]
+    assert [(r["mix"], r["B"], r["T"]) for r in rows] == pair * 2 + [("shape", 4, 256)] * 2
+    for row in rows[4:]:
         flops = 3 * flops_per_token(small(), 256) * row["tokens_per_s"]
         assert row["tflops"] == pytest.approx(flops / 1e12)
 
