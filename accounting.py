@@ -260,3 +260,9 @@ def step_bytes(config: HydraConfig, B: int, T: int, copies: int) -> tuple[int, i
     without gradients."""
     plan = memory_plan(config, B, T, torch.float32)
     return plan["parameters"] * copies, plan["activations"] + plan["loss"] + plan["backward"]
+
+
+def step_bound(config: HydraConfig, B: int, T: int) -> int:
+    """Bytes that a training step stays well below: where there is room for so many, `memory_plan` is not worth its
+    seconds."""
+    return 256 * B * T * config.dim * config.n_layer * config.mor_recursions + 40 * count_params(config)

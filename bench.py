@@ -36,7 +36,16 @@ import torch
 from torch import Tensor, nn
 
 import machine
-from accounting import attention_flops, count_params, flops_per_token, matrix_flops, skeleton, state_bytes, step_bytes
+from accounting import (
+    attention_flops,
+    count_params,
+    flops_per_token,
+    matrix_flops,
+    skeleton,
+    state_bytes,
+    step_bound,
+    step_bytes,
+)
 from attention import KINDS, ccqa_heads, letters_help
 from configurator import UserError, build, cli, need, parse, to_toml
 from files import write_text
@@ -332,6 +341,8 @@ def labelled(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, r
     gc.collect()  # models are in cycles with their hooks and closures
     free = free_memory(bench.device)
     kept, needed = 0, 0
+    if runs * sum(step_bound(subject(level, config, T), B, T) for level, config in what.values()) < free:
+        return label
     for level, config in what.values():
         copies = 3 if level == "train" else 2  # of the weights: with the optimiser's, or packed
         weights, step = step_bytes(subject(level, config, T), B, T, copies)

@@ -391,3 +391,10 @@ def test_step_bytes_are_the_plan_s():
     assert needed >= 4 * (2 * 40 * config.vocab_size + config.n_layer * 2 * 40 * config.dim)
     assert accounting.step_bytes(config, 4, 40, 4)[1] == pytest.approx(2 * needed, rel=0.05)
     assert accounting.step_bytes(replace(config, mod_capacity=0.125), 2, 40, 4)[1] < needed
+
+
+@pytest.mark.parametrize("changes", [{}, {"pattern": "A"}, {"mlp_ratio": 4.0}, {"mor_recursions": 2}, {"dim": 32}])
+def test_the_bound_is_above_the_plan(changes):
+    config = replace(HydraConfig(dim=64, n_head=4, n_kv_head=2, n_layer=2, pattern="CM", vocab_size=512), **changes)
+    for B, T in ((1, 16), (2, 128)):
+        assert accounting.step_bound(config, B, T) > sum(accounting.memory_plan(config, B, T, torch.float32).values())
