@@ -25,7 +25,18 @@ import runs
 from accounting import count_params, flops_per_token, memory_plan, plan_lines
 from attention import KINDS, letters_help
 from configurator import UserError, build, cli, need, parse, to_toml
-from data import Batch, Corpus, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
+from data import (
+    Batch,
+    Corpus,
+    Tokens,
+    epoch_batch,
+    eval_batches,
+    get_batch,
+    prepare,
+    short_shards,
+    token_bytes,
+    tokenizer_hash,
+)
 from generate import continue_text
 from layers import IGNORE
 from machine import DTYPES, Machine, Prefetch, choose_machine, peak_memory, total_memory
@@ -90,6 +101,7 @@ class TrainConfig:
         need(self, "dtype", self.dtype != "float16", remedy)
         need(self, "dtype", self.dtype in ("auto", *DTYPES), "use auto, float32 or bfloat16")
         need(self, "val_fraction", 0 < self.val_fraction < 1, "choose a value above 0 and below 1")
+        need(self, "text_field", len(self.text_field) > 0, "name a field")
         need(self, "sampling", self.sampling in ("random", "epochs"), "use random or epochs")
         need(self, "recompute", self.recompute in ("none", "block"), "use none or block")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
@@ -236,7 +248,9 @@ def read_corpus(config: HydraConfig, run: TrainConfig) -> Corpus:
 
 
 def warnings_of(corpus: Corpus, config: HydraConfig) -> list[str]:
-    texts = [*corpus.warnings, split_warning(len(corpus.train), len(corpus.val), config.block_size)]
+    texts = [*corpus.warnings,
+             split_warning(len(corpus.train), len(corpus.val), config.block_size, corpus.remedy),
+             short_shards(corpus.train, config.block_size)]  # fmt: skip
     return [f"WARNING: {text}" for text in texts if text]
 
 
