@@ -624,7 +624,7 @@ def test_commands_and_their_options_are_checked(tmp_path):
     for words in (["bench"], ["shard", "out"], ["train_tokenizer", "out"]):
         with pytest.raises(UserError, match="--data=.*shards has token shards already: .* take a text"):
             data.main([*words, f"--data={tmp_path / 'shards'}"])
-    for option, reason in (("text_field=", "name a field"), ("val_fraction=0", "above 0"), ("val_fraction=1", "above 0")):
+    for option, reason in (("text_field=", "name a"), ("val_fraction=0", "above 0"), ("val_fraction=1", "below 1")):
         with pytest.raises(UserError, match=reason):
             data.main(["bench", f"--{option}"])
     for args in ([], ["bench", "more"], ["shard", "a", "b"]):
