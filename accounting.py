@@ -41,12 +41,18 @@ def matrix_flops(module: torch.nn.Module) -> int:
     return sum(2 * p.numel() for p in module.parameters() if p.dim() > 1)
 
 
-def attention_flops(attn: Attention, T: int) -> float:
-    """Forward FLOPs per token of one attention, over the causal mean of T/2 keys, or of those in its window."""
+def pair_flops(attn: Attention, T: int) -> float:
+    """Forward FLOPs per token of one attention's scores and of what they weigh, over the causal mean of T/2 keys, or of
+    those in its window."""
     keys = T / 2
     if 0 < attn.window < T:
         keys = attn.window * (1 - attn.window / (2 * T))
-    return matrix_flops(attn) + 4 * keys * attn.score_width
+    return 4 * keys * attn.score_width
+
+
+def attention_flops(attn: Attention, T: int) -> float:
+    """Forward FLOPs per token of one attention."""
+    return matrix_flops(attn) + pair_flops(attn, T)
 
 
 def layer_flops(config: HydraConfig, T: int) -> list[float]:
@@ -64,6 +70,13 @@ def flops_per_token(config: HydraConfig, T: int) -> float:
     scored = sum(candidates[:-1]) + len(skeleton(config).depth_routers) * sum(candidates)
     layers = sum(layer_flops(config, T)) + 2 * config.dim * scored
     return 2 * config.dim * config.vocab_size + layers / T
+
+
+def pair_flops_per_token(config: HydraConfig, T: int) -> float:
+    """What of `flops_per_token` is `pair_flops`, which run at a rate of their own."""
+    blocks = [*skeleton(config).blocks] * config.mor_recursions
+    layers = zip(layer_tokens(config, T), blocks, strict=True)
+    return sum(n * pair_flops(block.attn, n) for n, block in layers) / T
 
 
 def attention_state(attn: Attention, T: int) -> int:

@@ -5,6 +5,7 @@ is refused.
 """
 
 import math
+import os
 import pickle
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -36,11 +37,12 @@ class Progress:
         return cls(**{field.name: checkpoint[field.name] for field in fields(cls)})
 
 
-def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | str = "cpu") -> tuple[dict, list[str]]:
+def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | str = "cpu",
+                    option: str = "out_dir") -> tuple[dict, list[str]]:  # fmt: skip
     """(a checkpoint, what was missing in it). Its parts `kinds` are dictionaries of the fields of those dataclasses.
-    UserError if it is missing, damaged, foreign, or has a field that its dataclass lacks."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
+    UserError if it is missing, which is by `option`, damaged, foreign, or has a field that its dataclass lacks."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist: train first, or name the run's folder with --{option}=PATH")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -72,7 +74,7 @@ def resumable(out: Path, given: dict, model_config: type, train_config: type) ->
         raise UserError(f"{out / 'last.pt'} lacks {', '.join(sorted(missing))}, without which nothing goes on exactly: "
                         "restore it; a best.pt cannot stand for it")  # fmt: skip
     trained = checkpoint["train_config"]
-    fixed = checkpoint["model_config"] | {"tokenizer": trained["tokenizer"]}
+    fixed = checkpoint["model_config"] | {name: trained[name] for name in ("tokenizer", "init_from")}
     for name, value in fixed.items():
         if name != "attn_backend" and given.get(name, value) != value:
             raise UserError(f"{name}={given[name]!r}: the run in {out} has {value!r}, which --resume cannot change: "
@@ -95,21 +97,11 @@ def has_begun(config: object, run: object) -> bool:
 
 def weights_path(run: str) -> Path:
     """The checkpoint to take weights from: a file, or a run's best one, else its last."""
-    path = Path(run).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(run))
+    if os.path.isdir(path):
         best = path / "best.pt"
         return best if best.exists() else path / "last.pt"
     return path
-
-
-def start_from(model: nn.Module, run: str, tokenizer: str) -> None:
-    """The weights of another run; UserError where its tokens are not `tokenizer`'s."""
-    path = weights_path(run)
-    checkpoint, _ = load_checkpoint(path, {})
-    if checkpoint["tokenizer"] != tokenizer:
-        raise UserError(f"init_from={run!r}: it was trained on the tokens of another tokenizer: use its own, "
-                        f"--tokenizer={checkpoint['train_config']['tokenizer']}")  # fmt: skip
-    load_weights(model, checkpoint, path)
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:

@@ -22,7 +22,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,16 @@ import torch
 from configurator import UserError, build, cli, need, parse
 from files import complete_file, write_text
 from formats import MAGIC
-from shards import Shard, find_shards, open_shard, write_shards
-from sources import encode, part_pieces, read_texts
+from shards import (
+    Shard,
+    check_apart,
+    files_beside,
+    find_shards,
+    open_shard,
+    validation_shards,
+    write_shards,
+)
+from sources import Texts, encode, no_effect, part_pieces, read_texts, split_warning
 
 EOT = "<|endoftext|>"
 RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
@@ -44,6 +52,7 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
 VERSION, HEADER = 2, 1024  # raise VERSION with any change of header, split or choice of files
+OTHER_SHARDS = "give other shards with --val_data=PATH"
 USAGE = "python data.py (train_tokenizer OUT, shard OUT or bench) [--key=value ...], see --help"
 
 
@@ -84,8 +93,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name == "none":
         raise UserError("tokenizer 'none' is for token shards; a text needs one, e.g. --tokenizer=python4096")
     names = ["python4096", "bytes", *tiktoken.list_encoding_names()]
-    path = Path(name).expanduser()
-    if name not in names and (path.is_file() or len(path.parts) > 1 or path.suffix):
+    path = Path(os.path.expanduser(name))
+    if name not in names and (os.path.isfile(path) or len(path.parts) > 1 or path.suffix):
         ranks = read_ranks(path, "give a file that `python data.py train_tokenizer OUT` wrote")
         return make_encoding(re.sub(r"[^\w.-]", "_", path.stem)[:40], PATTERN, ranks)
     if name not in names:
@@ -244,16 +253,24 @@ class Corpus:
     enc: tiktoken.Encoding | None  # None: ids whose texts are not known, so there are no samples and no bits per byte
     fingerprint: str  # of the source texts, or of the shards
     description: str  # for the log
+    remedy: str  # for another part that validates
     warnings: tuple[str, ...] = ()  # what the user must not miss
 
 
-def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_size: int) -> Corpus:
-    """Token shards, by side, as a corpus. Raises UserError: a side is missing, a bad shard."""
+def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_size: int, val_data: str) -> Corpus:
+    """Token shards, by side, as a corpus; those of `val_data` validate. Raises UserError: a side is missing, a file is
+    on both, a bad shard."""
+    beside = files_beside(data, sides)
+    option = f"--data={data}"
+    if val_data:
+        sides = sides | {"val": validation_shards(val_data)}
+        option = f"--val_data={val_data}"
     for side in ("train", "val"):
         if not sides.get(side):
             there = next(paths[0].name for paths in sides.values() if paths)
             raise UserError(f"--data={data}: no token shards *_{side}_*.bin beside {there}; give a folder, or a glob "
-                            "such as 'FOLDER/*.bin', that has both sides, or shards by --val_data")
+                            "such as 'FOLDER/*.bin', that has both sides, or shards that validate by --val_data")
+    check_apart(sides, option)
     enc = None if tokenizer in ("auto", "none") else get_tokenizer(tokenizer)
     limit = enc.n_vocab if enc else vocab_size or 1 << 32
     shards = {side: [open_shard(path, limit) for path in sides[side]] for side in ("train", "val")}
@@ -262,8 +279,13 @@ def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_
         digest.update(shard.sample())
     train, val = (Tokens(side) for side in shards.values())
     ids = f"ids of {enc.name}" if enc else "ids of a tokenizer that is not named: nats per token only, no samples"
+    warnings = []
+    if beside:
+        warnings.append(f"{data} has token shards, beside which {len(beside)} other files are not read, "
+                        f"such as {beside[0]}: give texts without shards, or shards alone")
     return Corpus(train, val, enc, digest.hexdigest(), f"{data}: token shards, {len(train.shards)} with {len(train):,} "
-                  f"training and {len(val.shards)} with {len(val):,} validation tokens ({ids}).")
+                  f"training and {len(val.shards)} with {len(val):,} validation tokens ({ids}).", OTHER_SHARDS,
+                  tuple(warnings))
 
 
 def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fraction: float = 0.1,
@@ -274,12 +296,13 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
     `out_dir`, is no part of a text. Raises UserError: no text, unreadable, no room, a bad shard."""
     sides = find_shards(data) if data else {}
     if sides:
-        if val_data:
-            sides["val"] = [path for paths in find_shards(val_data).values() for path in paths]
-        return shard_corpus(data, sides, tokenizer, vocab_size)
+        corpus = shard_corpus(data, sides, tokenizer, vocab_size, val_data)
+        useless = no_effect("val_fraction", val_fraction, 0.1, "shards validate by their names, or by --val_data")
+        useless += no_effect("text_field", text_field, "text", "shards have no JSON lines")
+        return replace(corpus, warnings=(*corpus.warnings, *useless))
     enc = get_tokenizer(tokenizer)
     try:
-        written = {Path(folder).expanduser().resolve() for folder in (cache_dir, out_dir) if folder}
+        written = {Path(os.path.realpath(folder)) for folder in (cache_dir, out_dir) if folder}
         texts = read_texts(data, val_data, val_fraction, text_field, written)
         # Other ranks or another format never meet old files: all three are in the name.
         key = hashlib.sha256(f"{texts.fingerprint} {tokenizer_hash(enc)} {VERSION}".encode()).hexdigest()[:12]
@@ -295,7 +318,7 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
     share = len(tokens[1]) / sum(map(len, tokens))
     return Corpus(*tokens, enc, texts.fingerprint, f"{texts.title}, {len(tokens[0]):,} training and "
                   f"{len(tokens[1]):,} validation tokens ({enc.name}). Validation: {share:.1%} of the tokens and "
-                  f"{texts.rule}.", (texts.warning,) if texts.warning else ())
+                  f"{texts.rule}.", texts.remedy, texts.warnings)
 
 
 # ---- batches
@@ -312,6 +335,16 @@ def too_short(tokens: Tokens, block_size: int) -> UserError:
     where = "the training text" if len(tokens.shards) == 1 else "the longest training shard"
     return UserError(f"block_size {block_size} needs {block_size + 1} tokens, {where} has {tokens.lengths.max()}: "
                      "set a smaller --block_size or give more text with --data")
+
+
+def short_shards(tokens: np.ndarray | Tokens, block_size: int) -> str:
+    """A warning where shards have no window, so that nothing of them is ever drawn; else empty."""
+    lengths = as_tokens(tokens).lengths
+    short = int((lengths <= block_size).sum())
+    if short == 0:
+        return ""
+    return (f"{short} of {len(lengths)} training shards have fewer than block_size + 1 = {block_size + 1} ids and are "
+            "never drawn: set a smaller --block_size, or join short shards")
 
 
 def get_batch(tokens: np.ndarray | Tokens, batch_size: int, block_size: int, seed: int, step: int,
@@ -394,12 +427,25 @@ class CommandConfig:
 
     data: str = ""  # a text file or folder; empty: the Python standard library on this machine
     text_field: str = "text"  # of JSON lines: where the text is
+    val_fraction: float = 0.1  # part of the text that validates
+    val_data: str = ""  # or a text of its own
     tokenizer: str = "python4096"  # of shard and bench: a name, or the path of a rank file
     vocab_size: int = N_RANKS + 1  # of train_tokenizer: tokens, with <|endoftext|>
     cache_dir: str = "cache"  # folder of the token files
 
     def __post_init__(self):
         need(self, "vocab_size", self.vocab_size > 256, "256 bytes and <|endoftext|> need at least 257")
+        need(self, "val_fraction", 0 < self.val_fraction < 1, "choose a value above 0 and below 1")
+        need(self, "text_field", len(self.text_field) > 0, "name a field")
+
+
+def command_texts(options: CommandConfig) -> Texts:
+    return read_texts(options.data, options.val_data, options.val_fraction, options.text_field)
+
+
+def print_warnings(*texts: str) -> None:
+    for text in filter(None, texts):
+        print(f"WARNING: {text}")
 
 
 def train_tokenizer(out: Path, options: CommandConfig) -> None:
@@ -408,7 +454,8 @@ def train_tokenizer(out: Path, options: CommandConfig) -> None:
         raise UserError("rustbpe, a tool for this command only, is not installed: pip install rustbpe==0.1.0")
     import rustbpe
 
-    text = read_texts(options.data, field=options.text_field)
+    text = command_texts(options)
+    print_warnings(*text.warnings)
     trainer = rustbpe.Tokenizer()
     pieces = filter(None, part_pieces(text.parts[0]))
     trainer.train_from_iterator(pieces, options.vocab_size - 1, pattern=PATTERN)
@@ -424,12 +471,12 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
     """Write a text's tokens as shards into a folder that has none yet."""
     if any(out.glob("*.bin")):
         raise UserError(f"{out} has shards already: give an empty folder, or a new one")
-    corpus = prepare(options.data, options.tokenizer, options.cache_dir, str(out), text_field=options.text_field)
-    if isinstance(corpus.train, Tokens):
-        raise UserError(f"--data={options.data} has token shards already: give a text")
+    corpus = prepare(options.data, options.tokenizer, options.cache_dir, str(out), options.val_fraction,
+                     options.val_data, options.text_field)  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     for side, ids in (("val", corpus.val), ("train", corpus.train)):
         write_shards(out, side, ids, corpus.enc.n_vocab)
+    print_warnings(*corpus.warnings, split_warning(len(corpus.train), len(corpus.val), 0, corpus.remedy))
     print(f"{out}: {corpus.description} Train on them with --data={out} --tokenizer={options.tokenizer} "
           f"--vocab_size={corpus.enc.n_vocab}")
 
@@ -437,7 +484,8 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
 def bench(options: CommandConfig) -> None:
     """Time what `prepare` does with a text's content beside one call of tiktoken, in turns."""
     enc = get_tokenizer(options.tokenizer)
-    texts = read_texts(options.data, field=options.text_field)
+    texts = command_texts(options)
+    print_warnings(*texts.warnings)
     text = "".join(piece for part in texts.parts for piece in part_pieces(part))
 
     def ours() -> int:
@@ -464,6 +512,10 @@ def main(args: list[str]) -> None:
     words = [arg for arg in args if not arg.startswith("-")]
     given = parse([arg for arg in args if arg.startswith("-")], CommandConfig, doc=f"usage: {USAGE}")
     (options,) = build(given, CommandConfig)
+    if words in (["train_tokenizer"], ["shard"]):
+        raise UserError(f"{words[0]}: name OUT, which it writes: {USAGE}")
+    if options.data and find_shards(options.data):
+        raise UserError(f"--data={options.data} has token shards already: the commands of this file take a text")
     try:
         if words == ["bench"]:
             bench(options)
@@ -472,7 +524,7 @@ def main(args: list[str]) -> None:
         elif len(words) == 2 and words[0] == "shard":
             write_corpus(Path(words[1]), options)
         else:
-            raise UserError(f"{' '.join(words)!r} is no command of this file: {USAGE}")
+            raise UserError(f"{' '.join(words) or 'nothing'!r} is no command of this file: {USAGE}")
     except OSError as error:
         raise UserError(f"{error.filename or words[-1]}: {error.strerror}; texts must be readable, and OUT writable, "
                         "with room") from error

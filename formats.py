@@ -1,9 +1,9 @@
 """Files of text: what a file is, by its content, and the texts in it.
 
-- Read: UTF-8 text, a document a file, and JSON lines, a document a record; plain or in gzip.
+- Read: UTF-8 text, a document a file, without a byte order mark, and JSON lines, a document a record; plain or in gzip.
 - Known, with the command that makes text of it: archives and containers by their first bytes, UTF-16 and UTF-32 by
   their mark or their zeros, tables by even rows, notebooks and other JSON, texts of one byte a character by their first
-  byte that is not UTF-8.
+  byte that is not UTF-8. A table or JSON under the name of a text (TEXT_SUFFIXES) is a text.
 Left out: the conversion itself; telling encodings apart that differ by their language only.
 """
 
@@ -18,7 +18,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
@@ -30,44 +30,63 @@ LONGEST = 1 << 28  # bytes of a JSON line: a file without line ends must not fil
 MAGIC = b"HYDRATOK"  # begins a token file
 
 
+PACKED_SUFFIX = re.compile(r"\.(gz|xz|zst|bz2)$", re.IGNORECASE)
+
+
 class Unfit(NamedTuple):
     """Why a file is no text."""
 
     reason: str  # what it is: files are counted by it
     place: str = ""  # where that shows
-    remedy: str = ""  # a command, with {path} for the file and {out} for its name without suffix
+    command: str = ""  # makes text of the file {path}; {name} is its name, {out} without suffix, {inner} unpacked
+    advice: str = ""  # in words, before the command
 
-    def command(self, path: str) -> str:
-        return self.remedy.replace("{path}", shlex.quote(path)).replace("{out}", shlex.quote(str(Path(path).stem)))
+    def remedy(self, path: str) -> str:
+        """The advice, then the command: it ends the line, so that it can be pasted as it stands."""
+        command, name = self.command, Path(path).name
+        names = {"{path}": path, "{name}": name, "{out}": Path(path).stem, "{inner}": PACKED_SUFFIX.sub("", name)}
+        for part, value in names.items():
+            command = command.replace(part, shlex.quote(value))
+        return ": ".join(filter(None, (self.advice, command)))
 
 
-ICONV = "iconv -f %s -t UTF-8 {path} > {out}.utf8.txt"
+# None writes to a name that its own file could have, in whatever folder it is pasted.
+ICONV = "iconv -f %s -t UTF-8 {path} > utf8.{name}"
 PANDAS = ("python -c \"import pandas, sys; pandas.%s(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)\" "
-          "{path} {out}.jsonl")  # fmt: skip
+          "{path} {out}.text.jsonl")  # fmt: skip
 FROM_JSON = ("python -c \"import json, sys; d = json.load(open(sys.argv[1], encoding='utf-8-sig')); "
-             '[print(json.dumps(r)) for r in (d if isinstance(d, list) else [d])]" {path} > {out}.jsonl')  # fmt: skip
+             '[print(json.dumps(r)) for r in (d if isinstance(d, list) else [d])]" {path} > '
+             "{out}.text.jsonl")  # fmt: skip
 FROM_CSV = ('python -c "import csv, json, sys; csv.field_size_limit(2**30); [print(json.dumps(r)) for r in '
             "csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''), delimiter='%s')]\" {path} > "
-            "{out}.jsonl, and name the text's column by --text_field")  # fmt: skip
+            "{out}.text.jsonl")  # fmt: skip
+COLUMN = "convert it and name the column of its text with --text_field"
+IS_TEXT = "if it is a text as it stands, rename it to .txt, else "
+AGAIN = "copy or download it again"
 FORMATS = {  # the first bytes -> what it is
-    MAGIC: Unfit("token file"),
-    b"PAR1": Unfit("parquet table", "", PANDAS % "read_parquet"),
-    b"PK\3\4": Unfit("zip archive", "", "python -m zipfile -e {path} {out}"),
-    b"\x28\xb5\x2f\xfd": Unfit("zstd archive", "", "zstd -d {path}"),
-    b"\xfd7zXZ\0": Unfit("xz archive", "", "xz -dk {path}"),
-    b"BZh": Unfit("bzip2 archive", "", "bzip2 -dk {path}"),
-    b"%PDF-": Unfit("PDF", "", "pdftotext {path} {out}.txt"),
+    MAGIC: Unfit("token file", advice="give the text that it was made from, or shards as `data.py shard` writes them"),
+    b"PAR1": Unfit("parquet table", "", PANDAS % "read_parquet", COLUMN),
+    b"PK\3\4": Unfit("zip archive", "", "python -m zipfile -e {path} unpacked.{out}"),
+    b"\x28\xb5\x2f\xfd": Unfit("zstd archive", "", "zstd -dc {path} > unpacked.{inner}"),
+    b"\xfd7zXZ\0": Unfit("xz archive", "", "xz -dc {path} > unpacked.{inner}"),
+    b"BZh": Unfit("bzip2 archive", "", "bzip2 -dc {path} > unpacked.{inner}"),
+    b"%PDF-": Unfit("PDF", "", "pdftotext {path} {out}.text.txt"),
     b"\xff\xfe\0\0": Unfit("UTF-32", "by its byte order mark", ICONV % "UTF-32"),
     b"\0\0\xfe\xff": Unfit("UTF-32", "by its byte order mark", ICONV % "UTF-32"),
     b"\xff\xfe": Unfit("UTF-16", "by its byte order mark", ICONV % "UTF-16"),
     b"\xfe\xff": Unfit("UTF-16", "by its byte order mark", ICONV % "UTF-16"),
 }
 IN_ZIP = {  # a folder in a zip archive -> what it is
-    b"word/": Unfit("Word document", "", "pandoc -t plain {path} -o {out}.txt"),
-    b"xl/": Unfit("Excel table", "", PANDAS % "read_excel"),
+    b"word/": Unfit("Word document", "", "pandoc -t plain {path} -o {out}.text.txt"),
+    b"xl/": Unfit("Excel table", "", PANDAS % "read_excel", COLUMN),
 }
+TEXT_SUFFIXES = tuple(
+    "." + suffix for suffix in
+    "txt text md markdown rst tex log srt html htm xml yaml yml toml ini cfg py pyi c h cc cpp hpp cs java kt go rs "
+    "swift js jsx ts tsx css sh bat rb php pl lua r jl hs ml scala sql asm".split())  # fmt: skip
 DELIMITERS = {",": "CSV table", "\t": "TSV table", ";": "CSV table"}
 JSON_LINES = Unfit("JSON lines")  # the one that is read
+EMPTY = Unfit("empty")
 JSON_OBJECT = re.compile(rb'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 NOTEBOOK = re.compile(rb'"(nbformat|cells)"\s*:')
 CONTROLS = bytes(range(8)) + bytes(range(14, 27)) + bytes(range(28, 32))  # that a text does not have
@@ -89,7 +108,7 @@ def sniff_binary(head: bytes) -> Unfit | None:
         inside = [found for folder, found in IN_ZIP.items() if magic == b"PK\3\4" and folder in head]
         return inside[0] if inside else FORMATS[magic]
     if head[257:262] == b"ustar":
-        return Unfit("tar archive", "", "tar xf {path}")
+        return Unfit("tar archive", "", "mkdir unpacked.{out} && tar xf {path} -C unpacked.{out}")
     if b"\0" not in head:
         return None
     even, odd = (head[side::2].count(0) / len(head) for side in (0, 1))
@@ -115,7 +134,8 @@ def sniff_table(head: bytes, name: str) -> Unfit | None:
         width = len(rows[0]) if rows else 0
         even = width > 1 and all(len(row) == width for row in rows[:-1] or rows)  # the last one may be cut
         if even and (len(rows) >= 3 or name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))):
-            return Unfit(reason, f"columns {', '.join(rows[0])[:80]}", FROM_CSV % delimiter.replace("\t", r"\t"))
+            command = FROM_CSV % delimiter.replace("\t", r"\t")
+            return Unfit(reason, f"columns {', '.join(rows[0])[:80]}", command, IS_TEXT + COLUMN)
     return None
 
 
@@ -133,42 +153,51 @@ def some_keys(record: dict) -> str:
 
 
 def sniff_json(head: bytes, name: str, field: str) -> Unfit | None:
-    """JSON_LINES, or what other JSON it is. A file whose name does not say so has JSON lines where its first line is an
-    object with a text in `field`."""
+    """JSON_LINES, or what other JSON it is. JSON lines are known by an object with a text in `field` in the first line;
+    where the name says so by any object in the first two."""
     body, name = head.removeprefix(codecs.BOM_UTF8).lstrip(), name.lower().removesuffix(".gz")
-    named = name.endswith((".jsonl", ".ndjson"))
-    if not body.startswith((b"{", b"[")):
-        return None
-    record = json_object(body.partition(b"\n")[0])
-    if record is not None and isinstance(record.get(field), str):
+    first, second = map(json_object, (body.split(b"\n", 2) + [b""])[:2])
+    if first is not None and isinstance(first.get(field), str):
         return JSON_LINES
     if body.startswith(b"{") and NOTEBOOK.search(head):
         return Unfit("notebook", "", "jupyter nbconvert --to script {path}")
-    if named and record is not None:
-        remedy = "name the text's field with --text_field"
-        return Unfit(f"JSON lines without a text in {field!r}", f"line 1 has {some_keys(record)}", remedy)
-    if named:
-        return JSON_LINES  # the first line is broken, and will be named
-    if JSON_OBJECT.match(body) or name.endswith((".json", ".ipynb")):
-        return Unfit("JSON that is not lines", "", FROM_JSON)
+    listed = body.startswith(b"[") and JSON_OBJECT.match(body)
+    if name.endswith((".jsonl", ".ndjson")) and not listed and (body.startswith((b"{", b"[")) or second is not None):
+        return JSON_LINES  # where its first line is broken, that will be named
+    if JSON_OBJECT.match(body) or (body.startswith((b"{", b"[")) and name.endswith((".json", ".ipynb"))):
+        return Unfit("JSON that is not lines", "", FROM_JSON, IS_TEXT + "convert it")
     return None
 
 
 def sniff(head: bytes, name: str, field: str) -> Unfit | None:
-    """What a file that begins with `head` is: None for a text, if no bad byte follows."""
-    return sniff_binary(head) or sniff_table(head, name) or sniff_json(head, name, field)
+    """What other text than prose or a program begins with `head`, which is UTF-8."""
+    return sniff_table(head, name) or sniff_json(head, name, field)
 
 
-def sniff_bytes(chunk: bytes, bad: int, offset: int, wide: bool) -> Unfit:
-    """What a text with a byte that is not UTF-8 (chunk[bad], at `offset` of the file) may be; `wide`: valid characters
-    of several bytes came before it."""
+def is_utf8(head: bytes) -> bool:
+    """Whether it is, a character at the end of a whole chunk excepted, which may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < CHUNK)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def sniff_bytes(error: UnicodeDecodeError, offset: int, wide: bool) -> Unfit:
+    """What a text with bytes that are not UTF-8 may be; they are at `offset` of the file; `wide`: valid characters of
+    several bytes came before them."""
+    chunk, bad = error.object, error.start
     place = f"byte 0x{chunk[bad]:02x} at offset {offset}"
+    cut = error.reason == "unexpected end of data"  # the file ends within a character
     if len(chunk) - len(chunk.translate(None, CONTROLS)) > 0.01 * len(chunk):
         return Unfit("binary", place)
-    if wide:
-        return Unfit("UTF-8 with damage", place, "iconv -c -f UTF-8 -t UTF-8 {path} > {out}.utf8.txt")
+    if cut:
+        place += ", in the last character, which is cut" if wide else ", the last one, or UTF-8 that is cut there"
+    if wide or (cut and (error.end > bad + 1 or chunk[bad] < 0xDF)):  # no Latin-1 word ends in such bytes
+        return Unfit("UTF-8 with damage", place, "iconv -c -f UTF-8 -t UTF-8 {path} > utf8.{name}")
     if len(chunk.translate(None, ASCII)) > max(3, 0.4 * len(chunk)):
-        return Unfit("not UTF-8", f"{place}, its encoding unknown", ICONV % "ENCODING")
+        advice = "put the one that it was written in for ENCODING, such as WINDOWS-1251 or SHIFT_JIS"
+        return Unfit("not UTF-8", f"{place}, its encoding unknown", ICONV % "ENCODING", advice)
     if chunk.translate(None, ASCII + LATIN):
         return Unfit("Windows-1252", place, ICONV % "WINDOWS-1252")
     return Unfit("Latin-1", place, ICONV % "ISO-8859-1")
@@ -183,6 +212,7 @@ class TextFile:
     chars: int
     digest: bytes  # sha256 of its texts
     lines: bool = False  # JSON lines
+    like: Unfit | None = None  # what it would be if its name did not say that it is a text
 
 
 def open_plain(path: str) -> io.BufferedReader:
@@ -194,69 +224,112 @@ def open_plain(path: str) -> io.BufferedReader:
     return io.BufferedReader(gzip.open(path), CHUNK)
 
 
-def records(file: BinaryIO, path: str, field: str) -> Iterator[str]:
-    """The texts of JSON lines. Raises UserError: a line without one."""
+def bad_line(line: bytes, number: int, field: str) -> Unfit:
+    """Why a line of JSON lines has no text in `field`."""
+    record = json_object(line)
+    if record is None:
+        what = "no JSON object" if is_utf8(line) else "not UTF-8"
+        if len(line) == LONGEST:
+            what = f"longer than {LONGEST:,} bytes"
+        return Unfit("JSON lines with a bad line", f"line {number} is {what}", advice="mend the line or remove it")
+    reason, advice = f"JSON lines without a text in {field!r}", "name the text's field with --text_field"
+    if field in record:
+        value = json.dumps(record[field])[:40]
+        return Unfit(reason, f"line {number} has {value} there", advice=f"remove the line, or {advice}")
+    return Unfit(reason, f"line {number} has {some_keys(record)}", advice=f"{advice}, or remove the line")
+
+
+def records(file: BinaryIO, field: str) -> Iterator[str | Unfit]:
+    """The texts of JSON lines; at a line without one why, and nothing behind it."""
     for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
-        record = json_object(line)
-        if record is None:
-            raise UserError(f"{path}, line {number}: no JSON object, or longer than {LONGEST:,} bytes: mend the line "
-                            "or remove it")  # fmt: skip
-        text = record.get(field)
+        text = (json_object(line) or {}).get(field)
         if not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: no text in {field!r}, the line has {some_keys(record)}: name the "
-                            "text's field with --text_field, or remove the line")  # fmt: skip
+            yield bad_line(line, number, field)
+            return
         yield text if text.isascii() else text.encode("utf-8", "replace").decode()  # half a surrogate pair: "?"
 
 
 def measure_text(head: bytes, file: BinaryIO, name: str) -> TextFile | Unfit:
-    """Sizes and hash of a text that begins with `head` and goes on in the file; or the first byte that is no text."""
+    """Sizes and hash of a text that begins with `head` and goes on in the file, a byte order mark left out; or the
+    first byte that is no text."""
     decoder, digest, size, chars = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 0, 0
+    mark = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    head = head[mark:] or file.read(CHUNK)
     while head:
         if b"\0" in head:
-            return Unfit("binary", f"a zero byte at offset {size + head.index(0)}")
+            return Unfit("binary", f"a zero byte at offset {mark + size + head.index(0)}")
         following = file.read(CHUNK)
         waiting = len(decoder.getstate()[0])  # bytes of a character that began in the chunk before
         try:
             chars += len(decoder.decode(head, final=not following))
         except UnicodeDecodeError as error:
             wide = chars < size - waiting or not error.object[: error.start].isascii()
-            return sniff_bytes(error.object, error.start, size - waiting + error.start, wide)
+            return sniff_bytes(error, mark + size - waiting + error.start, wide)
         digest.update(head)
         size += len(head)
         head = following
-    return TextFile(name, size, chars, digest.digest()) if size else Unfit("empty")
+    return TextFile(name, size, chars, digest.digest()) if size else EMPTY
 
 
-def measure_lines(file: BinaryIO, path: str, name: str, field: str) -> TextFile | Unfit:
+def measure_lines(file: BinaryIO, name: str, field: str) -> TextFile | Unfit:
     """Sizes and hash of the texts in JSON lines."""
     digest, size, chars = hashlib.sha256(b"JSON lines"), 0, 0
-    for text in records(file, path, field):
+    for text in records(file, field):
+        if isinstance(text, Unfit):
+            return text
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
         size += len(data)
         chars += len(text)
-    return TextFile(name, size, chars, digest.digest(), True) if size else Unfit("empty")
+    return TextFile(name, size, chars, digest.digest(), True) if size else EMPTY
+
+
+def measure(file: io.BufferedReader, name: str, field: str) -> TextFile | Unfit:
+    """`inspect`, of an open file."""
+    head = file.read(CHUNK)
+    found = sniff_binary(head) if field else None
+    if found or not field or not is_utf8(head):
+        return found or measure_text(head, file, name)
+    like = sniff(head, name, field)
+    if like is JSON_LINES:
+        file.seek(0)
+        return measure_lines(file, name, field)
+    if like and not name.lower().removesuffix(".gz").endswith(TEXT_SUFFIXES):
+        return like
+    found = measure_text(head, file, name)
+    return found if isinstance(found, Unfit) else replace(found, like=like)
+
+
+def in_gzip(unfit: Unfit) -> Unfit:
+    """The same, found in a gzip archive."""
+    if not unfit.command:
+        return unfit
+    advice = "unpack it and give what comes out"
+    return Unfit(f"{unfit.reason} in gzip", unfit.place, "gzip -dc {path} > unpacked.{inner}", advice)
 
 
 def inspect(path: str, name: str, field: str) -> TextFile | Unfit:
     """The file's sizes and hash, or why it is no text. Without a `field` (of JSON lines) it is a text in any case."""
     try:
         with open_plain(path) as file:
-            head = file.read(CHUNK)
-            found = sniff(head, name, field) if field else None
-            if found is JSON_LINES:
-                file.seek(0)
-                return measure_lines(file, path, name, field)
-            found = found or measure_text(head, file, name)
-            if isinstance(found, Unfit) and found.remedy and isinstance(file.raw, gzip.GzipFile):
-                return Unfit(f"{found.reason} in gzip", found.place, "gzip -dk {path}, then give what that unpacks")
-            return found
+            found = measure(file, name, field)
+            if not isinstance(file.raw, gzip.GzipFile):
+                return found
+            if isinstance(found, Unfit):
+                return in_gzip(found)
+            return replace(found, like=found.like and in_gzip(found.like))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        return Unfit("damaged gzip archive", str(error))
+        return Unfit("damaged gzip archive", str(error), advice=AGAIN)
+
+
+def as_document(text: str | Unfit, path: str) -> TextIO:
+    if isinstance(text, Unfit):  # `inspect` found none
+        raise UserError(f"{path}: it was changed while it was read ({text.place}): run this again")
+    return io.StringIO(text, newline="")
 
 
 def pieces(root: Path, file: TextFile, field: str) -> Iterator[str]:
@@ -266,13 +339,13 @@ def pieces(root: Path, file: TextFile, field: str) -> Iterator[str]:
     with open_plain(path) as binary:
         documents: Iterable[TextIO]
         if file.size <= CHUNK and not file.lines:  # the same piece as below, in less time
-            yield binary.read().decode()
+            yield binary.read().decode("utf-8-sig")
             yield ""
             return
         if file.lines:
-            documents = (io.StringIO(text, newline="") for text in records(binary, path, field))
+            documents = (as_document(text, path) for text in records(binary, field))
         else:
-            documents = [io.TextIOWrapper(binary, encoding="utf-8", newline="")]
+            documents = [io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")]
         for document in documents:
             while text := document.read(CHUNK):
                 yield text + document.readline(CHUNK)

@@ -5,6 +5,7 @@ are generated in one batch; the first is printed as it comes, the others below i
 """
 
 import codecs
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -68,8 +69,9 @@ def read_prompts(path: str) -> list[str]:
 def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tiktoken.Encoding, list[str]]:
     """(model in the dtype and form that generates, its tokenizer, what is to be said) of the run's checkpoint."""
     path = Path(options.out_dir) / f"{options.checkpoint}.pt"
-    if not path.exists() and path.with_name("last.pt").exists():
-        raise UserError(f"{path} does not exist, the run was not evaluated yet: use --checkpoint=last")
+    if not os.path.exists(path) and os.path.exists(path.with_name("last.pt")):
+        raise UserError(f"{path} does not exist, no evaluation behind the first step was the best one so far: use "
+                        "--checkpoint=last")  # fmt: skip
     checkpoint, notes = load_checkpoint(path, {"model_config": HydraConfig}, device)
     enc = stored_tokenizer(checkpoint["train_config"]["tokenizer"], checkpoint["tokenizer"])
     # the core that trained may not run here, eager and on another device

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def mapped(shard: Shard) -> np.ndarray:
     return np.frombuffer(content, shard.dtype, shard.count, shard.offset)
 
 
+def has_wide_ids(shard: Shard) -> bool:
+    """Whether uint16 ids look like the halves of uint32 or int64 ones, little-endian: in a sample every second is 0 or
+    small, as ids below a million have it, and the others are not."""
+    ids = mapped(shard)
+    firsts = {max(0, len(ids) - SAMPLE) * i // (SAMPLES - 1) // 4 * 4 for i in range(SAMPLES)}
+    sample = np.concatenate([ids[first:first + SAMPLE] for first in sorted(firsts)])
+    low, high = sample[:len(sample) // 2 * 2].reshape(-1, 2).T.astype(int)
+    return len(ids) % 2 == 0 and len(low) >= 4 and high.max() < 16 and bool(np.mean(low > 16 * high.max()) > 0.3)
+
+
 def open_shard(path: Path, limit: int) -> Shard:
     """A shard of one of FORMATS, or a train.bin or val.bin without a header. Raises UserError: unreadable, foreign,
     cut."""
@@ -86,7 +97,12 @@ def open_shard(path: Path, limit: int) -> Shard:
     if not versions and path.name in ("train.bin", "val.bin"):
         if size % 2:
             raise bad(f"{size} bytes, an odd number, are no uint16 ids")
-        return Shard(path, "<u2", 0, size // 2, limit)
+        shard = Shard(path, "<u2", 0, size // 2, limit)
+        if has_wide_ids(shard):
+            raise bad("every second of its uint16 ids is 0 or small, as in uint32 or int64 ids", "without a header "
+                      "only uint16 is read: convert it by numpy's astype('uint16'), or put 256 int32 before "
+                      "uint32 ids: 20240801, 7, the number of ids, zeros")
+        return shard
     if not versions:
         raise bad("not a token shard, its first int32 is no magic number such as 20240520", "give shards with a header "
                   "of 256 int32, or ids without one in files of the names train.bin and val.bin")
@@ -110,20 +126,52 @@ def is_ours(path: Path) -> bool:
         return False  # open_shard will say why
 
 
-def find_shards(data: str) -> dict[str, list[Path]]:
-    """Side -> files *.bin with train or val as a word of their names, of a folder, a glob or a file `data`."""
-    path = Path(data).expanduser()
-    found = [path]
-    if path.is_dir():
+def shard_files(data: str) -> list[Path]:
+    """Files *.bin that are no token files of a cache, of a folder, a glob or a file `data`, sorted."""
+    path = Path(os.path.expanduser(data))
+    found: Iterable[Path] = [path]
+    if os.path.isdir(path):
         found = path.glob("*.bin")
-    elif not path.exists():
+    elif not os.path.exists(path):
         found = map(Path, glob.glob(str(path)))
+    return sorted(file for file in found if file.suffix == ".bin" and os.path.isfile(file) and not is_ours(file))
+
+
+def find_shards(data: str) -> dict[str, list[Path]]:
+    """Side -> the `shard_files` with train or val as a word of their names."""
     sides: dict[str, list[Path]] = {}
-    for file in sorted(found):
+    for file in shard_files(data):
         words = re.findall(r"(?<![a-z])(train|val)(?![a-z])", file.stem.lower())
-        if words and file.suffix == ".bin" and file.is_file() and not is_ours(file):
+        if words:
             sides.setdefault(words[-1], []).append(file)
     return sides
+
+
+def validation_shards(val_data: str) -> list[Path]:
+    """The validation side of `val_data`, or all of its shards where they have no such side. Raises UserError: none."""
+    found = find_shards(val_data).get("val") or shard_files(val_data)
+    if not found:
+        raise UserError(f"--val_data={val_data}: no token shards *.bin there, and --data has shards; give a folder, a "
+                        "glob or a file of them, made by the same tokenizer")
+    return found
+
+
+def check_apart(sides: dict[str, list[Path]], option: str) -> None:
+    """UserError where a file is on both sides, under whatever name; the one to blame is `option`."""
+    train = {(at.st_dev, at.st_ino) for at in map(os.stat, sides["train"])}
+    for path in sides["val"]:
+        at = path.stat()
+        if (at.st_dev, at.st_ino) in train:
+            raise UserError(f"{option}: {path} is in the training data too; give validation shards of its own")
+
+
+def files_beside(data: str, sides: dict[str, list[Path]]) -> list[str]:
+    """Names of the other files of the folder `data`; hidden ones, nanoGPT's meta.pkl and caches do not count."""
+    folder = Path(os.path.expanduser(data))
+    shards = {path for paths in sides.values() for path in paths}
+    others = [path for path in folder.iterdir() if path not in shards] if os.path.isdir(folder) else []
+    return sorted(path.name for path in others if os.path.isfile(path) and path.name != "meta.pkl"
+                  and not path.name.startswith(".") and not is_ours(path))  # fmt: skip
 
 
 def write_shards(folder: Path, side: str, ids: np.ndarray, vocab_size: int) -> None:

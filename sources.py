@@ -4,7 +4,7 @@
   lines (a document a record), plain or in gzip. Exact duplicates are dropped, every document is closed by
   <|endoftext|>, and a fingerprint names it all: compare losses at equal ones only.
 - A folder's runs and token caches are no part of it, whichever run wrote them; linked folders are followed once. What
-  is no text (formats.py) is named by reason and example.
+  is no text (formats.py) is named by reason and example, with what helps.
 - Split: by the hash of the files' paths where whole files make up the part that is asked for; else the joined text's
   tail, cut at a document's or a line's end; or a text of its own (`val_data`).
 - Tokens: on all cores, in bounded memory, the same on any number of them.
@@ -46,8 +46,9 @@ FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or strippe
 
 @dataclass
 class Skipped:
-    """What a scan left out: for each reason how often, and the first example."""
+    """What a scan of the folder `root` left out: for each reason how often, and the first example."""
 
+    root: Path = Path()
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, tuple[str, Unfit]] = field(default_factory=dict)
 
@@ -63,9 +64,9 @@ class Skipped:
     def __str__(self) -> str:
         parts = []
         for reason, (name, unfit) in sorted(self.examples.items()):
-            command = ": " + unfit.command(name) if unfit.remedy.startswith("iconv") else ""
-            example = ", ".join(filter(None, (name, unfit.place)))
-            parts.append(f"{self.counts[reason]} {reason} ({example}{command})")
+            remedy = unfit.remedy(f"{self.root}/{name}")
+            example = ": ".join(filter(None, (", ".join(filter(None, (name, unfit.place))), remedy)))
+            parts.append(f"{self.counts[reason]} {reason} ({example})")
         return "skipped: " + ("; ".join(parts) or "nothing")
 
 
@@ -87,12 +88,23 @@ class Source:
         return sum(file.size for file in self.files)
 
 
+def kind_of(entry: os.DirEntry) -> str:
+    """"folder", "file", or "" for a device and for a link that leads nowhere, which may be to itself."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else ""
+    except OSError:
+        return ""
+
+
 def is_written(entries: list[os.DirEntry]) -> bool:
     """Whether a folder holds a run of any --out_dir or the token files of any --cache_dir."""
     names = {entry.name for entry in entries}
     if {"config.toml", "log.jsonl"} <= names or {"last.pt", "best.pt"} & names:
         return True
-    return any(entry.name.endswith(".bin") and entry.is_file() and is_token_file(entry.path) for entry in entries)
+    return any(is_token_file(entry.path) for entry in entries
+               if entry.name.endswith(".bin") and kind_of(entry) == "file")  # fmt: skip
 
 
 def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (), follow: bool = True) -> list[str]:
@@ -112,18 +124,18 @@ def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (
             skipped.add(Unfit(WRITTEN), prefix)
             continue
         for entry in entries:
-            name, linked = prefix + entry.name, entry.is_symlink()
+            name, linked, kind = prefix + entry.name, entry.is_symlink(), kind_of(entry)
             if entry.name.startswith("."):
                 skipped.add(Unfit(HIDDEN), name)
-            elif entry.is_dir():
+            elif kind == "folder":
                 path = os.path.realpath(entry.path) if linked else os.path.join(real, entry.name)
                 if linked and not follow:
                     skipped.add(Unfit(LINKED), name)
                 elif entry.name not in without and Path(path) not in without:
                     (links if linked else folders).append((name + "/", path))
-            elif not entry.is_file():
+            elif not kind:
                 skipped.add(Unfit("broken links and devices"), name)
-            elif linked and not follow and not Path(entry.path).resolve().is_relative_to(root):
+            elif linked and not follow and not Path(os.path.realpath(entry.path)).is_relative_to(root):
                 skipped.add(Unfit(LINKED), name)
             elif not (written and entry.name in RUN_FILES):
                 names.append(name)
@@ -161,21 +173,34 @@ def default_source() -> Source:
 def user_source(data: str, without: Collection[Path] = (), field: str = "text", option: str = "data") -> Source:
     """A file of text or JSON lines, or all of them below a folder. Raises UserError: none there, with the way to
     convert a single file."""
-    path = Path(data).expanduser().resolve()
-    if not path.is_file() and not path.is_dir():
+    path = Path(os.path.realpath(os.path.expanduser(data)))
+    if not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"--{option}={data}: no such file or folder; give the path of a text file or of a folder of "
                         "them")  # fmt: skip
     root = path if path.is_dir() else path.parent
-    source = Source(re.sub(r"[^\w.-]", "_", path.name)[:40] or "data", str(path), root, [], Skipped(), field)
+    source = Source(re.sub(r"[^\w.-]", "_", path.name)[:40] or "data", str(path), root, [], Skipped(root), field)
     names = list_files(path, source.skipped, without) if path.is_dir() else [path.name]
     source = scan(source, names)
-    for _, unfit in source.skipped.examples.values():
-        if path.is_file() and unfit.remedy:
-            where = f" ({unfit.place})" if unfit.place else ""
-            raise UserError(f"--{option}={data}: not text but {unfit.reason}{where}: {unfit.command(str(path))}")
+    for _, unfit in source.skipped.examples.values() if path.is_file() else ():
+        where = f" ({unfit.place})" if unfit.place else ""
+        remedy = unfit.remedy(str(path)) or "give UTF-8 text"
+        raise UserError(f"--{option}={data}: not text but {unfit.reason}{where}: {remedy}")
     if sum(file.chars for file in source.files) < 2:  # one for each side
-        raise UserError(f"--{option}={data}: no text in it ({source.skipped}); give UTF-8 text that is not empty")
+        raise UserError(f"--{option}={data}: no text in it ({source.skipped}); give UTF-8 text of two characters or "
+                        "more")  # fmt: skip
     return source
+
+
+def source_warnings(source: Source) -> list[str]:
+    """What the user must not miss of a scan."""
+    found = [source.skipped.warning(len(source.files))]
+    alike = [file for file in source.files if file.like]
+    if alike:
+        name, like = alike[0].name, alike[0].like
+        found.append(f"{len(alike)} files are read as texts, as their names say, but look like something else, such as "
+                     f"{name}, a {like.reason}; if it is one, convert it: "
+                     f"{like._replace(advice='').remedy(f'{source.root}/{name}')}")  # fmt: skip
+    return [*filter(None, found)]
 
 
 # ---- split
@@ -271,14 +296,22 @@ def split(source: Source, fraction: float) -> tuple[Part, Part, str]:
     return Part(source, [(0, cut) for cut in cuts], source.size() - size), Part(source, spans, size), rule
 
 
-def split_warning(train_tokens: int, val_tokens: int, block_size: int) -> str:
+OTHER_SHARE = "set another part with --val_fraction, or give it a text of its own with --val_data=PATH"
+OTHER_TEXT = "give it another text with --val_data=PATH"
+
+
+def split_warning(train_tokens: int, val_tokens: int, block_size: int, remedy: str) -> str:
     """What is wrong with the sizes of the two sides, and what helps; empty where nothing is."""
     share = val_tokens / (train_tokens + val_tokens)
     if 0.01 <= share <= 0.25 and val_tokens > block_size:
         return ""
     few = f", fewer than one block of {block_size}" if val_tokens <= block_size else ""
-    return (f"validation has {val_tokens:,} of {train_tokens + val_tokens:,} tokens, {share:.1%}{few}: set another "
-            "part with --val_fraction, or give it a text of its own with --val_data=PATH")  # fmt: skip
+    return f"validation has {val_tokens:,} of {train_tokens + val_tokens:,} tokens, {share:.1%}{few}: {remedy}"
+
+
+def no_effect(option: str, value: object, default: object, reason: str) -> list[str]:
+    """A warning of an option that was set for nothing."""
+    return [f"--{option}={value} has no effect: {reason}"] if value != default else []
 
 
 @dataclass(frozen=True)
@@ -288,7 +321,8 @@ class Texts:
     parts: tuple[Part, Part]  # training, validation
     title: str  # what it is, and how large
     rule: str  # how it was divided, and what was left out
-    warning: str  # empty, or what the user must not miss
+    remedy: str  # for another division
+    warnings: tuple[str, ...]  # what the user must not miss
 
 
 def read_texts(data: str, val_data: str = "", fraction: float = 0.1, field: str = "text",
@@ -297,23 +331,29 @@ def read_texts(data: str, val_data: str = "", fraction: float = 0.1, field: str 
     if not 0 < fraction < 1:
         raise UserError(f"val_fraction={fraction}: choose a value above 0 and below 1")
     source = user_source(data, written, field) if data else default_source()
-    fingerprint, warning = source.fingerprint(), source.skipped.warning(len(source.files))
+    fingerprint, warnings = source.fingerprint(), source_warnings(source)
+    files, remedy = source.files, OTHER_SHARE
     if val_data:
         other = user_source(val_data, written, field, "val_data")
+        files, remedy = [*files, *other.files], OTHER_TEXT
         theirs = {file.digest for file in other.files}
         source = replace(source, files=[file for file in source.files if file.digest not in theirs])
         if not source.files:
             raise UserError(f"--val_data={val_data}: it has every text of --data, which leaves none to train on")
-        parts, rule = (whole(source), whole(other)), f"the text of {other.title}"
+        parts, rule = (whole(source), whole(other)), f"the text of {other.title} ({other.skipped})"
         fingerprint = hashlib.sha256(f"{source.fingerprint()} {other.fingerprint()}".encode()).hexdigest()
+        warnings += source_warnings(other)
+        warnings += no_effect("val_fraction", fraction, 0.1, "--val_data validates")
     else:
         *parts, rule = split(source, fraction)
         if fraction != 0.1:
             fingerprint = hashlib.sha256(f"{fingerprint} {fraction}".encode()).hexdigest()
+    if not any(file.lines for file in files):
+        warnings += no_effect("text_field", field, "text", "the text has no JSON lines")
     sizes = [part.size for part in parts]
     title = f"{source.title}: {len(source.files)} files, {source.size():,} bytes"
     rule = f"{sizes[1] / sum(sizes):.1%} of the bytes, {rule}; {source.skipped}"
-    return Texts(source.name, fingerprint, tuple(parts), title, rule, warning)
+    return Texts(source.name, fingerprint, tuple(parts), title, rule, remedy, tuple(warnings))
 
 
 # ---- tokens

@@ -23,19 +23,34 @@ from torch import Tensor, nn
 
 import checkpoints
 import runs
-from accounting import count_params, flops_per_token, memory_plan, plan_lines
+from accounting import count_params, flops_per_token, memory_plan, pair_flops_per_token, plan_lines, skeleton
 from attention import KINDS, letters_help
 from checkpoints import Progress
 from configurator import UserError, build, cli, need, parse, to_toml
-from data import Batch, Corpus, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
+from data import (
+    Batch,
+    Corpus,
+    Tokens,
+    as_tokens,
+    epoch_batch,
+    eval_batches,
+    get_batch,
+    prepare,
+    short_shards,
+    token_bytes,
+    tokenizer_hash,
+    too_short,
+)
 from generate import continue_text
 from layers import IGNORE
-from machine import DTYPES, Machine, Prefetch, choose_machine, peak_memory, total_memory
+from machine import DTYPES, Machine, Prefetch, attention_peak, choose_machine, peak_memory, total_memory
 from model import Hydra, HydraConfig
 from parallel import ALONE, Ranks, accumulates, distribute, ends_together, join, launched, local, pooled, restarted
 from sources import split_warning
 
 SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
+# what --init_from may change: the weights are for every value of it
+FREE = ("block_size", "window", "rope_theta", "norm_eps", "qk_gain", "value_shift", "doc_mask", "attn_backend")
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
 
@@ -91,6 +106,7 @@ class TrainConfig:
         need(self, "dtype", self.dtype != "float16", remedy)
         need(self, "dtype", self.dtype in ("auto", *DTYPES), "use auto, float32 or bfloat16")
         need(self, "val_fraction", 0 < self.val_fraction < 1, "choose a value above 0 and below 1")
+        need(self, "text_field", len(self.text_field) > 0, "name a field")
         need(self, "sampling", self.sampling in ("random", "epochs"), "use random or epochs")
         need(self, "recompute", self.recompute in ("none", "block"), "use none or block")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
@@ -191,25 +207,26 @@ def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], autocast: torch.autocas
     return not ranks.any(not sound)
 
 
-def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, list[str]]:
-    """Defaults < the checkpoint's (--resume) < files and options -> the two configurations, the checkpoint to go on
-    from, and what is to be said about it."""
+def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, dict | None, list[str]]:
+    """Defaults < a checkpoint's (--resume, --init_from) < files and options -> the two configurations, the checkpoint
+    to go on from, the one to take the weights from, and what is to be said about it."""
     kinds = HydraConfig, TrainConfig
     given = parse(argv, *kinds, doc=f"{__doc__}\n{letters_help()}")
     (where,) = build({name: given[name] for name in ("out_dir", "resume", "init_from") if name in given}, TrainConfig)
     if where.init_from and not where.resume:
         path = checkpoints.weights_path(where.init_from)
-        source, notes = checkpoints.load_checkpoint(path, {"model_config": HydraConfig, "train_config": TrainConfig})
+        parts = {"model_config": HydraConfig, "train_config": TrainConfig}
+        source, notes = checkpoints.load_checkpoint(path, parts, option="init_from")
         base = source["model_config"] | {"tokenizer": source["train_config"]["tokenizer"]}
-        return *build(given, *kinds, base=base), None, notes
+        return *build(given, *kinds, base=base), None, source, notes
     if not where.resume:
-        return *build(given, *kinds), None, []
+        return *build(given, *kinds), None, None, []
     checkpoint, notes = checkpoints.resumable(Path(where.out_dir), given, *kinds)
     stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir, "profile": 0}
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
     config, run = build(given | {"resume": False}, *kinds, base=stored)
-    return config, run, checkpoint, notes
+    return config, run, checkpoint, None, notes
 
 
 def step_work(config: HydraConfig, run: TrainConfig) -> tuple[int, float]:
@@ -237,40 +254,72 @@ def read_corpus(config: HydraConfig, run: TrainConfig) -> Corpus:
 
 
 def warnings_of(corpus: Corpus, config: HydraConfig) -> list[str]:
-    texts = [*corpus.warnings, split_warning(len(corpus.train), len(corpus.val), config.block_size)]
+    texts = [*corpus.warnings,
+             split_warning(len(corpus.train), len(corpus.val), config.block_size, corpus.remedy),
+             short_shards(corpus.train, config.block_size)]  # fmt: skip
     return [f"WARNING: {text}" for text in texts if text]
 
 
-def begin(model: Hydra, optimizer: torch.optim.Optimizer, checkpoint: dict | None, run: TrainConfig,
-          ids: dict[str, str]) -> Progress:  # fmt: skip
+def check_source(config: HydraConfig, source: dict, run: TrainConfig, tokenizer: str) -> None:
+    """UserError where the weights of the run `source` are for another tokenizer or another model."""
+    if source["tokenizer"] != tokenizer:
+        raise UserError(f"init_from={run.init_from!r}: it was trained on the tokens of another tokenizer: use its own, "
+                        f"--tokenizer={source['train_config']['tokenizer']}")  # fmt: skip
+    (other,) = build(source["model_config"], HydraConfig)
+    changed = [name for name in asdict(config) if getattr(config, name) != getattr(other, name) and name not in FREE]
+    one, two = ({name: p.shape for name, p in skeleton(c).named_parameters()} for c in (config, other))
+    if one == two:  # the routers are there already
+        changed = [name for name in changed if name not in ("mod_capacity", "mor_recursions")]
+    if changed:
+        values = ", ".join(f"{name}={getattr(config, name)!r} (not {getattr(other, name)!r})" for name in changed)
+        raise UserError(f"{values}: --init_from takes the shape of the run in {run.init_from}: leave out "
+                        f"{', '.join('--' + name for name in changed)}")  # fmt: skip
+
+
+def begin(model: Hydra, optimizer: torch.optim.Optimizer, checkpoint: dict | None, source: dict | None,
+          run: TrainConfig, ids: dict[str, str]) -> Progress:  # fmt: skip
     """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
     if checkpoint:
         path = Path(run.out_dir, "last.pt")
         checkpoints.check_text(checkpoint, ids, path.parent, run.data)
         checkpoints.restore(path, checkpoint, model, optimizer)
         return Progress.of(checkpoint)
-    if run.init_from:
-        checkpoints.start_from(model, run.init_from, ids["tokenizer"])
+    if source:
+        check_source(model.config, source, run, ids["tokenizer"])
+        checkpoints.load_weights(model, source, checkpoints.weights_path(run.init_from))
     return Progress()
 
 
-def check_work(config: HydraConfig, run: TrainConfig, machine: Machine, ranks: Ranks, val_tokens: int) -> None:
+def minutes_of(flops: float, pairs: float, peak: float, attention: float) -> float:
+    """Of so many FLOPs, of which `pairs` are attention's, at these rates."""
+    return ((flops - pairs) / peak + pairs / attention) / 60
+
+
+def check_work(config: HydraConfig, run: TrainConfig, machine: Machine, ranks: Ranks, corpus: Corpus) -> None:
     """UserError where a step cannot fit into the device, or where step or evaluation would be silent for too long."""
     B, T = run.batch_size, config.block_size
-    sizes = f"batch_size={B} and block_size={T}"
     room = total_memory(machine.device)
-    if 32 * B * T * config.dim * config.n_layer > room / 8:  # else the count is not worth its seconds
+    needed = 32 * B * T * config.dim * config.n_layer  # about what the blocks keep
+    if needed > room / 8:  # else the count is not worth its seconds
         plan = memory_plan(config, B, T, machine.dtype, "", run.recompute == "block", ranks.size, ranks.mode)
         needed = sum(plan.values())
-        if needed > room:
-            raise UserError(f"{sizes}: a step needs about {needed / 1e9:.1f} GB, of which {machine.device} has "
-                            f"{room / 1e9:.1f}: lower one, or use --recompute=block; see --plan")  # fmt: skip
-    tokens, flops = step_work(config, run)
-    evaluation = (run.eval_iters or math.ceil(val_tokens / (B * T))) * B * T
-    minutes = max(flops, flops / tokens / 3 * evaluation) / machine.peak / 60
-    if minutes > SILENT:
-        raise UserError(f"{sizes}: at this device's peak a step or an evaluation of {evaluation:,} tokens takes "
-                        f"{minutes:.0f} minutes or more: lower one of them, or --eval_iters")  # fmt: skip
+    step_tokens, flops = step_work(config, run)
+    windows = math.ceil(len(corpus.val) / T)
+    batches = min(run.eval_iters or windows, math.ceil(windows / B))
+    tokens = batches * B * T
+    work = flops / step_tokens / 3, pair_flops_per_token(config, T)  # of a token's forward
+    attention = machine.peak
+    if max(3 * step_tokens, tokens) * sum(work) > SILENT * 60 * machine.peak / 100:  # else it need not be measured
+        attention = ranks.size * ranks.first(attention_peak(machine.device, machine.dtype))
+    step, evaluation = (n * minutes_of(*work, machine.peak, attention) for n in (3 * step_tokens, tokens))
+    if needed <= room and max(step, evaluation) <= SILENT:
+        return
+    train_tokens = as_tokens(corpus.train)
+    short = f"{too_short(train_tokens, T)}; " if train_tokens.lengths.max() <= T else ""
+    raise UserError(f"{short}batch_size={B} and block_size={T}: a step needs about {needed / 1e9:.1f} of the "
+                    f"{room / 1e9:.1f} GB of {machine.device} and takes {step:.1f} minutes or more, an evaluation of "
+                    f"{tokens:,} tokens {evaluation:.1f}: lower one of them, or --eval_iters; --recompute=block needs "
+                    "less memory, see --plan")  # fmt: skip
 
 
 def print_plan(config: HydraConfig, run: TrainConfig) -> int:
@@ -295,12 +344,12 @@ def print_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch
 
 @ends_together()
 def main(argv: list[str]) -> int:
-    config, run, checkpoint, notes = configure(argv)
+    config, run, checkpoint, source, notes = configure(argv)
     ranks, device = join(run.parallel, run.device)
     if run.plan:
         return print_plan(config, run)
     if ranks.any(restarted()) and ranks.first(checkpoints.has_begun(config, run)):
-        config, run, checkpoint, notes = configure([*argv, "--resume"])
+        config, run, checkpoint, source, notes = configure([*argv, "--resume"])
     out = Path(run.out_dir)
     rows = ranks.rows(run.batch_size)
 
@@ -311,7 +360,7 @@ def main(argv: list[str]) -> int:
 
     # ---- data
     corpus = ranks.one_first(partial(read_corpus, config, run))
-    check_work(config, run, machine, ranks, len(corpus.val))
+    check_work(config, run, machine, ranks, corpus)
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
     ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
@@ -327,7 +376,8 @@ def main(argv: list[str]) -> int:
     trained = distribute(model, ranks, machine.device, machine.dtype)
     backends = model.backends(machine.compiled, grad=True)
     optimizer = make_optimizer(model, run)
-    progress = begin(model, optimizer, checkpoint, run, ids)
+    progress = begin(model, optimizer, checkpoint, source, run, ids)
+    del source  # as large as the model
     # at the first step of this run
     evaluates = not checkpoint or progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
     first_step = progress.step

@@ -52,6 +52,11 @@ def folder(tmp_path):
     return tmp_path / "shards"
 
 
+def write_text(tmp_path):
+    (tmp_path / "text.txt").write_text("text\n" * 100)
+    return str(tmp_path / "text.txt")
+
+
 def prepare(path, tokenizer="none", vocab_size=0):
     return data.prepare(str(path), tokenizer, "no_cache", vocab_size=vocab_size)
 
@@ -103,10 +108,97 @@ def test_folder_and_glob_are_the_same_and_sides_are_words(folder, tmp_path):
     for name in ("corpus_train_*.bin", "corpus_train_000000.bin"):
         with pytest.raises(UserError, match=r"no token shards \*_val_\*.bin beside corpus_train_000000.bin; give"):
             prepare(folder / name)
-    chosen = data.prepare(str(folder), "none", "no_cache", val_data=str(folder / "corpus_train_000002.bin"))
-    assert chosen.val.lengths.tolist() == [200] and chosen.fingerprint != corpus.fingerprint
-    with pytest.raises(UserError, match="no token shards .*or shards by --val_data"):
-        data.prepare(str(folder), "none", "no_cache", val_data=str(folder / "corpus_train.txt"))
+
+
+def validated(folder, val_data, **keys):
+    return data.prepare(str(folder), "none", "no_cache", val_data=str(val_data), **keys)
+
+
+def test_validation_shards_of_their_own_are_a_side_or_all(folder, tmp_path):
+    write_side(tmp_path / "other", "train", (70, 80), first=6)
+    own = prepare(folder)
+    other = tmp_path / "other"
+    for val_data, lengths in ((other, [70, 80]), (other / "*_000007.bin", [80]), (folder, [30, 1, 17])):
+        corpus = validated(folder, val_data)
+        assert corpus.val.lengths.tolist() == lengths and corpus.train.lengths.tolist() == [50, 5, 200]
+        assert (corpus.fingerprint == own.fingerprint) == (val_data == folder)
+    write_side(other, "val", (9, 8), first=8)
+    assert validated(folder, other).val.lengths.tolist() == [9, 8]  # its training shards validate nothing
+    (tmp_path / "heldout.bin").write_bytes(shard_bytes(range(11)))
+    assert validated(folder, tmp_path / "heldout.bin").val.lengths.tolist() == [11]
+    only = folder / "corpus_train_*.bin"
+    assert validated(only, other).train.lengths.tolist() == [50, 5, 200]
+
+
+def test_validation_shards_that_are_none_or_train_too_are_blamed_on_their_option(folder, tmp_path):
+    os.symlink(folder / "corpus_train_000001.bin", tmp_path / "a_val_1.bin")
+    os.link(folder / "corpus_train_000001.bin", tmp_path / "b_val_1.bin")
+    (tmp_path / "text.txt").write_text("a text")
+    (tmp_path / "empty").mkdir()
+    none, both = "no token shards", "in the training data too"
+    for val_data, reason in (("nowhere", none), ("text.txt", none), ("empty", none), ("a_val_1.bin", both),
+                             ("b_val_1.bin", both), (folder / "corpus_train_000002.bin", both),
+                             (folder / "*train*", both)):
+        with pytest.raises(UserError, match="^--val_data=.*: .*") as caught:
+            validated(folder, tmp_path / val_data)
+        assert reason in str(caught.value) and "--data=" not in str(caught.value).replace("--val_data=", "")
+    os.symlink(folder / "corpus_train_000001.bin", folder / "again_val_1.bin")
+    with pytest.raises(UserError, match="^--data=.*again_val_1.bin is in the training data too"):
+        prepare(folder)
+
+
+def test_options_and_files_that_shards_do_not_read_are_a_line_each(folder, tmp_path):
+    assert prepare(folder).warnings == () and "--val_data=PATH" in prepare(folder).remedy
+    assert "--val_fraction" not in prepare(folder).remedy
+    (folder / "meta.pkl").write_bytes(b"")
+    data.prepare(write_text(tmp_path), "bytes", str(folder))  # a cache in it
+    assert prepare(folder).warnings == ()
+    (folder / "b.txt").write_text("a text")
+    (folder / "another.bin").write_bytes(shard_bytes([1]))
+    said = validated(folder, folder, val_fraction=0.2, text_field="body").warnings
+    assert len(said) == 3 and "2 other files are not read, such as another.bin" in said[0]
+    assert "--val_fraction=0.2 has no effect" in said[1] and "--text_field=body has no effect" in said[2]
+    assert prepare(folder / "*_[tv]*_*.bin").warnings == ()  # a glob says what it means
+
+
+def test_shards_without_a_window_are_a_warning():
+    tokens = in_order((10, 9, 11, 30))
+    assert data.short_shards(tokens, 8) == "" and data.short_shards(tokens.shards[0], 9) == ""
+    assert "2 of 4 training shards have fewer than block_size + 1 = 11 ids" in data.short_shards(tokens, 10)
+
+
+def test_texts_that_are_no_shards_and_text_shards_that_validate_a_text(folder, tmp_path):
+    with pytest.raises(UserError, match="--val_data=.*: no text in it .skipped: 6 "):
+        data.prepare(write_text(tmp_path), "bytes", str(tmp_path / "cache"), val_data=str(folder))
+
+
+@pytest.mark.parametrize(("dtype", "top"), [("<u4", 50257), ("<u4", 128_256), ("<i4", 256_000), ("<u4", 65),
+                                            ("<i8", 50257), ("<u8", 152_000)])
+@pytest.mark.parametrize("count", [20, 100_000])
+def test_wide_ids_without_a_header_are_refused(dtype, top, count, tmp_path):
+    ids = np.random.default_rng(0).integers(1, top, count)
+    ids.astype(dtype).tofile(tmp_path / "train.bin")
+    shard_folder = tmp_path / "shards"
+    shard_folder.mkdir()
+    (shard_folder / "a_train_1.bin").write_bytes(shard_bytes(ids.tolist(), 20240801, 7, "I"))
+    for folder in (tmp_path, shard_folder):
+        np.arange(9, dtype="<u2").tofile(folder / "val.bin")
+    with pytest.raises(UserError, match=r"train.bin: every second .*astype\('uint16'\), or put 256 int32") as caught:
+        prepare(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert np.array_equal(prepare(shard_folder).train.shards[0][:], ids)  # by the header that the message tells of
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_narrow_ids_without_a_header_are_not_refused(seed, tmp_path):
+    random = np.random.default_rng(seed)
+    top, count = int(random.choice([2, 4, 20, 65, 257, 50257])), int(random.choice([2, 7, 16, 300, 50_000]))
+    ids = random.integers(0, top, count, dtype=np.uint16)
+    if seed % 3 == 0:
+        ids[count // 2:] = 0  # padding
+    for side in ("train", "val"):
+        ids.tofile(tmp_path / f"{side}.bin")
+    assert len(prepare(tmp_path).train) == count
 
 
 def test_a_cache_beside_its_text_is_no_shard(tmp_path):
@@ -450,6 +542,19 @@ def options(tmp_path, text_folder, *more):
     return [f"--data={text_folder}", f"--cache_dir={tmp_path / 'cache'}", *more]
 
 
+def test_shard_splits_as_it_is_told(tmp_path, text_folder, capsys):
+    (tmp_path / "held.txt").write_text("held out\n" * 200)
+    cache = str(tmp_path / "cache")
+    for name, keys in (("a", {"val_fraction": 0.3}), ("b", {"val_data": str(tmp_path / "held.txt")})):
+        more = [f"--{key}={value}" for key, value in keys.items()]
+        data.main(["shard", str(tmp_path / name), *options(tmp_path, text_folder, "--tokenizer=bytes", *more)])
+        text = data.prepare(str(text_folder), "bytes", cache, **keys)
+        assert read_shard(tmp_path / name / "text_val_000000.bin") == text.val.tolist()
+        assert read_shard(tmp_path / name / "text_train_000000.bin") == text.train.tolist()
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "WARNING: validation has " in said  # of the first
+
+
 def test_shard_writes_a_corpus_that_trains_like_its_text(tmp_path, text_folder, monkeypatch, capsys):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 3000)
     out = tmp_path / "out"
@@ -466,7 +571,7 @@ def test_shard_writes_a_corpus_that_trains_like_its_text(tmp_path, text_folder, 
     assert len(os.listdir(out)) == len(ours.train.shards) + len(ours.val.shards) > 3
     with pytest.raises(UserError, match="out has shards already: give an empty folder"):
         data.main(["shard", str(out), *given])
-    with pytest.raises(UserError, match="has token shards already: give a text"):
+    with pytest.raises(UserError, match="has token shards already: .* take a text"):
         data.main(["shard", str(tmp_path / "new"), f"--data={out}"])
 
 
@@ -512,7 +617,17 @@ def test_bench_compares_ours_with_one_call(tmp_path, text_folder, capsys):
 
 
 def test_commands_and_their_options_are_checked(tmp_path):
-    for args in ([], ["bench", "more"], ["shard"], ["shard", "a", "b"]):
+    for command in ("shard", "train_tokenizer"):
+        with pytest.raises(UserError, match=f"^{command}: name OUT, which it writes: python data.py"):
+            data.main([command, f"--data={tmp_path}"])
+    write_side(tmp_path / "shards", "train", (9,))
+    for words in (["bench"], ["shard", "out"], ["train_tokenizer", "out"]):
+        with pytest.raises(UserError, match="--data=.*shards has token shards already: .* take a text"):
+            data.main([*words, f"--data={tmp_path / 'shards'}"])
+    for option, reason in (("text_field=", "name a"), ("val_fraction=0", "above 0"), ("val_fraction=1", "below 1")):
+        with pytest.raises(UserError, match=reason):
+            data.main(["bench", f"--{option}"])
+    for args in ([], ["bench", "more"], ["shard", "a", "b"]):
         with pytest.raises(UserError, match="is no command of this file: python data.py .train_tokenizer OUT, shard"):
             data.main(args)
     with pytest.raises(UserError, match="vocab_size=256: 256 bytes and <|endoftext|> need at least 257"):

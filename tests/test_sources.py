@@ -13,6 +13,7 @@ import random
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,19 +138,29 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
     assert both(prepare(tmp_path / "a.jsonl", tmp_path, val_fraction=0.5)) == (["a?z"], ["🐍"])
 
 
-@pytest.mark.parametrize(("line", "reason"), [
-    ('{"text": "cut', "no JSON object.*mend the line or remove"), ("[1]", "no JSON object"),
-    ('{"id": 1, "content": "x"}', "no text in 'text'.*'id', 'content'.*--text_field"),
-    ("[" * 100_000, "no JSON object"),
-    ('{"text": null}', "no text in 'text'"), ('{"text": "\\x"}', "no JSON object"), (b'{"text": "\xe9"}', "no JSON"),
+@pytest.mark.parametrize(("line", "what", "remedy"), [
+    ('{"text": "cut', "no JSON object", "mend the line or remove it"), ("[1]", "no JSON object", "mend the line"),
+    ('{"id": 1, "content": "x"}', "has 'id', 'content'", "name the text's field with --text_field, or remove the line"),
+    ("[" * 100_000, "no JSON object", "mend the line"), ('{"text": "\\x"}', "no JSON object", "mend the line"),
+    ('{"text": null}', "has null there", "remove the line, or name"), ('{"text": [1]}', "has [1] there", "remove the"),
+    ("{}", "has nothing", "name the text's field"), (b'{"text": "\xe9"}', "not UTF-8", "mend the line or remove it"),
 ])
-@pytest.mark.parametrize("where", ["a.jsonl", ""])
-def test_a_line_without_text_is_named(line, reason, where, tmp_path):
-    lines = [b'{"text": "good"}', b"", line if isinstance(line, bytes) else line.encode(), b'{"text": "good"}']
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_line_without_text_is_named_and_costs_its_file_alone(number, line, what, remedy, tmp_path, monkeypatch):
+    """Wherever the line is, in the first chunk or behind it."""
+    set_chunk(monkeypatch, 18)
+    lines = [b'{"text": "good"}', b"", b'{"text": "better"}']
+    lines.insert(number - 1, line if isinstance(line, bytes) else line.encode())
     write_folder(tmp_path / "in", {"a.jsonl": b"\n".join(lines), "b.txt": "text"})
-    with pytest.raises(UserError, match=f"a.jsonl, line 3: {reason}") as caught:
-        prepare(tmp_path / "in" / where, tmp_path)
-    assert "\n" not in str(caught.value)
+    if number == 1 and isinstance(line, bytes):  # the first chunk says what the whole file is
+        what, remedy = "byte 0xe9 at offset 10", "iconv -f ISO-8859-1"
+    with pytest.raises(UserError, match=r"--data=.*a.jsonl: not text but .*: ") as caught:
+        prepare(tmp_path / "in/a.jsonl", tmp_path)
+    assert "\n" not in str(caught.value) and what in str(caught.value) and remedy in str(caught.value)
+    corpus = prepare(tmp_path / "in", tmp_path)
+    assert "".join(sum(both(corpus), [])) == "text" and what in corpus.description and remedy in corpus.description
+    if "iconv" not in remedy:
+        assert f"line {number} " in str(caught.value) and f"(a.jsonl, line {number} " in corpus.description
 
 
 def test_json_lines_of_other_fields(tmp_path):
@@ -158,15 +169,12 @@ def test_json_lines_of_other_fields(tmp_path):
         prepare(tmp_path / "in/a.jsonl", tmp_path)
     skipped = prepare(tmp_path / "in", tmp_path).description
     assert "1 JSON lines without a text in 'text' (a.jsonl, line 1 has 'id', 'content'" in skipped
-    write_folder(tmp_path / "in", {"c.jsonl": '{"text": "cut'})
-    with pytest.raises(UserError, match="c.jsonl, line 1: no JSON object"):
-        prepare(tmp_path / "in", tmp_path)
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LONGEST", 100)
     write_folder(tmp_path, {"a.jsonl": jsonl(["x" * 50, "y" * 200])})
-    with pytest.raises(UserError, match="line 2: no JSON object, or longer than 100 bytes"):
+    with pytest.raises(UserError, match="line 2 is longer than 100 bytes.: mend the line"):
         prepare(tmp_path / "a.jsonl", tmp_path)
 
 
@@ -177,6 +185,15 @@ def zip_of(*names):
     with zipfile.ZipFile(raw, "w") as archive:
         for name in names:
             archive.writestr(name, "content of it")
+    return raw.getvalue()
+
+
+def tar_of(name):
+    raw, content = io.BytesIO(), b"content of it"
+    with tarfile.open(fileobj=raw, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
     return raw.getvalue()
 
 
@@ -194,11 +211,11 @@ KINDS = {  # content, what is found, command
     "docx": (zip_of("[Content_Types].xml", "word/document.xml"), "Word document", "pandoc -t plain"),
     "xlsx": (zip_of("[Content_Types].xml", "xl/workbook.xml"), "Excel table", "read_excel"),
     "zstd": (b"\x28\xb5\x2f\xfd\x24\x05" + b"rest", "zstd archive", "zstd -d"),
-    "xz": (b"\xfd7zXZ\0\0\4" + b"rest", "xz archive", "xz -dk"),
-    "bz2": (b"BZh91AY&SY\xff\xfe", "bzip2 archive", "bzip2 -dk"),
+    "xz": (b"\xfd7zXZ\0\0\4" + b"rest", "xz archive", "xz -dc"),
+    "bz2": (b"BZh91AY&SY\xff\xfe", "bzip2 archive", "bzip2 -dc"),
     "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "PDF", "pdftotext"),
     "tar": (b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(500), "tar archive", "tar xf"),
-    "csv": (csv_of(), "CSV table (columns id, text)", "--text_field"),
+    "csv": (csv_of(), "CSV table (columns id, text)", "rename it to .txt, else convert it and name .. --text_field"),
     "semicolons": (csv_of(";"), "CSV table (columns id, text)", "delimiter=';'"),
     "csv, cut": ("id,text\r\n" + "12345678,w\r\n" * 50_000, "CSV table (columns id, text)", "--text_field"),
     "tsv": (csv_of("\t"), "TSV table (columns id, text)", r"delimiter='\t'"),
@@ -213,10 +230,18 @@ KINDS = {  # content, what is found, command
     "utf-16 be no mark": (LATIN.encode("utf-16-be"), "UTF-16BE", "iconv -f UTF-16BE "),
     "utf-32": (LATIN.encode("utf-32"), "UTF-32", "iconv -f UTF-32 "),
     "latin": (LATIN.encode("latin-1"), "Latin-1 (byte 0xe9 at offset 3)", "iconv -f ISO-8859-1 "),
-    "latin, last": (b"plain caf\xe9", "Latin-1 (byte 0xe9 at offset 9)", "iconv -f ISO-8859-1 "),
+    "latin, last": (b"plain caf\xe9", "Latin-1 (byte 0xe9 at offset 9, the last one, or", "iconv -f ISO-8859-1 "),
+    "cut letter": ("plain café".encode()[:-1], "UTF-8 with damage (byte 0xc3 at offset 9, ", "iconv -c -f UTF-8 "),
+    "cut sign": ("plain 數".encode()[:-1], "UTF-8 with damage (byte 0xe6 at offset 6, ", "iconv -c -f UTF-8 "),
+    "latin table": ("id,text\n1,né\n2,b\n".encode("latin-1"), "Latin-1 (byte 0xe9 at offset 11)", "iconv -f ISO"),
+    "latin lines": ('{"text": "né"}\n'.encode("latin-1"), "Latin-1 (byte 0xe9 at offset 11)", "iconv -f ISO"),
+    "binary": (bytes(range(1, 32)) * 9 + b"\xff", "binary (byte 0xff at offset 279)", "give UTF-8 text"),
+    "zeros": (b"text \0 text", "binary (a zero byte at offset 5)", "give UTF-8 text"),
+    "empty": (b"", "empty", "give UTF-8 text"), "only a mark": (b"\xef\xbb\xbf", "empty", "give UTF-8 text"),
+    "token file": (b"HYDRATOK{}", "token file", "give the text that it was made from"),
     "windows": ("“quoted” é ".encode("cp1252"), "Windows-1252 (byte 0x93 at offset 0)", "iconv -f WINDOWS-1252 "),
     "damaged": ("né\n".encode() * 9 + b"a\xffb", "UTF-8 with damage (byte 0xff at offset 37)", "iconv -c -f UTF-8 "),
-    "cut": ("né né".encode()[:-1], "UTF-8 with damage (byte 0xc3 at offset 5)", "iconv -c -f UTF-8 "),
+    "cut": ("né né".encode()[:-1], "UTF-8 with damage (byte 0xc3 at offset 5, in the last", "iconv -c -f UTF-8 "),
     "cyrillic": ("Привет мир".encode("cp1251"), "not UTF-8 (byte 0xcf at offset 0", "iconv -f ENCODING "),
 }
 
@@ -224,42 +249,56 @@ KINDS = {  # content, what is found, command
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_no_text_gets_a_sentence(kind, packed, tmp_path):
-    content, found, command = KINDS[kind]
+    content, found, remedy = KINDS[kind]
     content = content if isinstance(content, bytes) else content.encode()
-    path = tmp_path / "in here/it's.txt"  # the suffix says nothing
-    write_folder(tmp_path, {"in here/it's.txt": gzip.compress(content) if packed else content})
+    path = tmp_path / "in here/it's.dat"  # the suffix says nothing
+    write_folder(tmp_path, {"in here/it's.dat": gzip.compress(content) if packed else content})
     with pytest.raises(UserError) as caught:
         prepare(path, tmp_path)
     message = str(caught.value)
-    assert message.startswith(f"--data={path}: ") and "\n" not in message
-    if packed:
-        assert f"{found.partition(' (')[0]} in gzip" in message and "gzip -dk" in message
-    else:
-        assert found in message and command in message and "it'\"'\"'s" in message
+    assert message.startswith(f"--data={path}: not text but ") and "\n" not in message
+    reason = found.partition(" (")[0]
+    if packed and KINDS[kind][2] not in ("give UTF-8 text", "give the text that it was made from"):
+        reason += " in gzip"
+        assert reason in message and "unpack it and give what comes out: gzip -dc" in message
+    elif not packed:
+        assert found in message and all(part in message for part in remedy.split(" .. "))
     write_folder(tmp_path, {"in here/good.txt": "good text\n" * 50})
     description = prepare(tmp_path / "in here", tmp_path).description
-    assert "1 files" in description and f"1 {found.partition(' (')[0]}" in description and "it's.txt" in description
-    if not packed and "iconv" in command:
-        place = re.search(r"offset \d+", found)
-        assert command in description and (not place or place[0] in description)
+    assert "1 files" in description and f"1 {reason}" in description and "it's.dat" in description
+    if not packed and "give UTF" not in remedy:  # and the same remedy as for the file alone
+        assert message.partition(f"{reason} ")[2].partition("): ")[2] in description
 
 
 @pytest.mark.parametrize("kind", ["csv", "semicolons", "tsv", "json list", "utf-16", "utf-16 no mark", "utf-32",
-                                  "latin", "windows", "damaged", "zip"])
-def test_the_commands_make_text_of_it(kind, tmp_path, monkeypatch):
-    content, _, _ = KINDS[kind]
-    path = Path(write_folder(tmp_path, {"in here/it's.dat": content})) / "in here/it's.dat"
-    with pytest.raises(UserError) as caught:
-        prepare(path, tmp_path)
-    command = re.search(r"(python|iconv) .*?(?=$|, and name)", str(caught.value))[0]
-    command = command.replace("python", f"'{sys.executable}'", 1)
-    subprocess.run(command, shell=True, cwd=tmp_path, check=kind != "damaged", capture_output=True, timeout=60)
-    (made,) = (p for p in tmp_path.iterdir() if p.name not in ("in here", "cache"))
-    corpus = prepare(made, tmp_path, val_fraction=0.3)
-    texts = sum(both(corpus), [])
+                                  "latin", "windows", "damaged", "cut letter", "zip", "tar", "gzip", "csv in gzip"])
+@pytest.mark.parametrize("name", ["it's.dat", "data", "a.jsonl", "a.text.jsonl"])
+def test_the_commands_make_text_of_it_and_can_be_pasted_as_they_stand(name, kind, tmp_path, monkeypatch):
+    """In the file's own folder, where a command that wrote to its name would destroy it."""
+    packed = gzip.compress(csv_of().encode())
+    tables = {"tar": tar_of("a.txt"), "gzip": gzip.compress(LATIN.encode("latin-1")), "csv in gzip": packed}
+    content = tables[kind] if kind in tables else KINDS[kind][0]
+    path = Path(write_folder(tmp_path, {f"in here/{name}": content})) / "in here" / name
+    content = path.read_bytes()
+    (tmp_path / "bin").mkdir()
+    os.symlink(sys.executable, tmp_path / "bin/python")
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    texts = None
+    while texts is None:  # what is unpacked may need another command
+        try:
+            texts = sum(both(prepare(path, tmp_path, val_fraction=0.3)), [])
+        except UserError as error:
+            command = re.search(r": ((python|iconv|gzip|mkdir) .*)", str(error))[1]
+            before = {*path.parent.iterdir()}
+            done = subprocess.run(command, shell=True, cwd=path.parent, env=environment, capture_output=True)
+            assert done.returncode == 0 or kind in ("damaged", "cut letter"), done.stderr
+            (path,) = {*path.parent.iterdir()} - before
+    assert (tmp_path / "in here" / name).read_bytes() == content
     expected = {"csv": ['Hello, "world"\nsecond line', "né", "end"], "json list": ["a", "b"], "zip": ["content of it"],
                 "semicolons": ['Hello; "world"\nsecond line', "né", "end"], "windows": ["“quoted” é "],
-                "tsv": ['Hello\t "world"\nsecond line', "né", "end"], "damaged": ["né\n" * 9 + "ab"]}  # fmt: skip
+                "tsv": ['Hello\t "world"\nsecond line', "né", "end"], "damaged": ["né\n" * 9 + "ab"],
+                "cut letter": ["plain caf"], "tar": ["content of it"]}  # fmt: skip
+    expected["csv in gzip"] = expected["csv"]
     assert "".join(texts) == "".join(expected.get(kind, [LATIN]))
 
 
@@ -273,7 +312,38 @@ def test_the_commands_make_text_of_it(kind, tmp_path, monkeypatch):
 ])
 def test_text_and_programs_stay_text(name, text, tmp_path):
     write_folder(tmp_path, {name: text})
-    assert "".join(sum(both(prepare(tmp_path / name, tmp_path)), [])) == text
+    corpus = prepare(tmp_path / name, tmp_path)
+    assert "".join(sum(both(corpus), [])) == text.removeprefix("\ufeff") and not corpus.warnings
+
+
+@pytest.mark.parametrize("kind", ["csv", "semicolons", "tsv", "json", "json list", "notebook"])
+@pytest.mark.parametrize("name", ["poem.txt", "POEM.TXT.gz", "table.py", "a.md"])
+def test_a_texts_suffix_makes_a_table_a_text_and_says_so(name, kind, tmp_path):
+    content, found, _ = KINDS[kind]
+    raw = content.encode()
+    path = Path(write_folder(tmp_path, {name: gzip.compress(raw) if name.endswith("gz") else raw})) / name
+    corpus = prepare(path, tmp_path)
+    assert "".join(sum(both(corpus), [])) == content
+    (warning,) = corpus.warnings
+    reason = found.partition(" (")[0] + " in gzip" * name.endswith("gz")
+    assert f"such as {name}, a {reason}; if it is one, convert it: " in warning and f" {path}" in warning
+    if name.endswith("gz"):
+        return
+    path.rename(tmp_path / "table.dat")  # and the message names that way
+    with pytest.raises(UserError, match="jupyter" if kind == "notebook" else "if it is a text as it stands, rename"):
+        prepare(tmp_path / "table.dat", tmp_path)
+
+
+@pytest.mark.parametrize("size", [3, 4, 50, 1000])
+def test_a_byte_order_mark_is_no_part_of_a_text(size, tmp_path, monkeypatch):
+    set_chunk(monkeypatch, size)
+    text = "né \ufeffinside\r\n" * 40
+    write_folder(tmp_path, {"plain/a.txt": text, "marked/a.txt": "\ufeff" + text})
+    plain, marked = (prepare(tmp_path / name, tmp_path) for name in ("plain", "marked"))
+    assert "".join(sum(both(marked), [])) == text and marked.fingerprint == plain.fingerprint
+    write_folder(tmp_path, {"bad.txt": "\ufeff" + text + "\0"})
+    with pytest.raises(UserError, match=f"a zero byte at offset {len(text.encode()) + 3}"):
+        prepare(tmp_path / "bad.txt", tmp_path)
 
 
 def test_a_suffix_decides_where_two_rows_may_be_a_table(tmp_path):
@@ -305,7 +375,7 @@ def test_a_bad_byte_is_placed_across_chunks(chunk, tmp_path, monkeypatch):
 def test_a_damaged_gzip_archive(damage, tmp_path):
     raw = damage(gzip.compress(random.Random(0).randbytes(300).hex().encode()))
     write_folder(tmp_path / "in", {"a.txt.gz": raw, "b.txt": "text" * 9})
-    with pytest.raises(UserError, match="damaged gzip archive"):
+    with pytest.raises(UserError, match="damaged gzip archive .*: copy or download it again"):
         prepare(tmp_path / "in/a.txt.gz", tmp_path)
     assert "1 damaged gzip archive (a.txt.gz" in prepare(tmp_path / "in", tmp_path).description
 
@@ -355,6 +425,20 @@ def test_links_are_followed_once_and_loops_end(folder, tmp_path):
     assert len(names) == 43
 
 
+def test_a_link_to_itself_is_a_broken_one(folder, tmp_path):
+    root = tmp_path / "texts"
+    clean = prepare(folder, tmp_path)
+    os.symlink(root / "loop", root / "loop")
+    os.symlink("round.bin", root / "part0/about.bin")
+    os.symlink("about.bin", root / "part0/round.bin")
+    corpus = prepare(folder, tmp_path)
+    assert corpus.fingerprint == clean.fingerprint and "3 broken links and devices (loop)" in corpus.description
+    for name in (root / "loop", root / "loop/below", "x" * 300, "~nobody_of_this_name/x"):
+        for keys in ({"source": name}, {"source": folder, "val_data": str(name)}):
+            with pytest.raises(UserError, match="--(val_)?data=.*: no such file or folder"):
+                prepare(tmp_path=tmp_path, **keys)
+
+
 @pytest.mark.parametrize("where", ["", "deep/"])
 def test_runs_and_caches_of_any_run_are_left_out(where, folder, tmp_path):
     root = tmp_path / "texts"
@@ -385,8 +469,8 @@ def test_a_run_does_not_read_what_other_runs_wrote(tmp_path, monkeypatch, capsys
 def test_missing_empty_and_unreadable_data(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path, {"binary/a": b"\0\1", "zero": "", "one": "x"})
-    for path, reason in (("nowhere", "no such file"), ("empty", "no text"), ("binary", "1 binary"), ("zero", "1 empty"),
-                         ("one", "no text")):
+    for path, reason in (("nowhere", "no such file"), ("empty", "no text"), ("binary", "1 binary"),
+                         ("zero", "not text but empty: give UTF-8 text"), ("one", "no text.*two characters or more")):
         with pytest.raises(UserError, match=reason):
             prepare(tmp_path / path, tmp_path)
 
@@ -508,12 +592,26 @@ def test_validation_of_its_own(folder, tmp_path):
 
 
 def test_warnings_of_the_shares():
-    assert sources.split_warning(900, 100, 99) == "" and sources.split_warning(300, 100, 64) == ""
+    assert sources.split_warning(900, 100, 99, "help") == "" and sources.split_warning(300, 100, 64, "help") == ""
     for train_tokens, val_tokens, block, words in (
         (9950, 49, 8, "0.5%"), (299, 101, 8, "25.2%"), (900, 100, 100, "fewer than one block of 100"),
     ):  # fmt: skip
-        warning = sources.split_warning(train_tokens, val_tokens, block)
-        assert words in warning and "--val_fraction" in warning and "--val_data=PATH" in warning
+        warning = sources.split_warning(train_tokens, val_tokens, block, "help")
+        assert words in warning and warning.endswith(": help")
+
+
+def test_the_remedy_for_a_split_and_options_without_effect(folder, tmp_path):
+    """Which ones are named depends on what validates."""
+    held_out = write_folder(tmp_path / "other", {"a.txt": "held out\n", "b.bad": b"\0"})
+    plain = sources.read_texts(folder, fraction=0.2)
+    assert "--val_fraction" in plain.remedy and "--val_data=PATH" in plain.remedy and plain.warnings == ()
+    apart = sources.read_texts(folder, held_out, 0.2, "body")
+    assert "--val_fraction" not in apart.remedy and "--val_data=PATH" in apart.remedy
+    assert "1 binary (b.bad" in apart.rule
+    assert [warning.partition(":")[0] for warning in apart.warnings] == [
+        "--val_fraction=0.2 has no effect", "--text_field=body has no effect"]  # fmt: skip
+    write_folder(tmp_path / "other", {"c.jsonl": '{"body": "text"}'})
+    assert sources.read_texts(folder, held_out, field="body").warnings == ()
 
 
 # ---- tokens

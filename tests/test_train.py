@@ -10,12 +10,13 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,9 @@ from accounting import count_params, flops_per_token
 from configurator import UserError, build, cli, field_comments, parse
 from data import eval_batches, get_batch, prepare, token_bytes
 from layers import IGNORE
+from machine import attention_peak
 from model import Hydra, HydraConfig
+from shards import write_shards
 from train import TrainConfig, learning_rate_at
 
 ROOT = Path(train.__file__).parent
@@ -702,18 +705,111 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
     assert found == pytest.approx(expected, rel=0.05)
     with pytest.raises(UserError, match="trained on the tokens of another tokenizer: use its own, --tokenizer=bytes"):
         train.main([*args, "--tokenizer=python4096", "--vocab_size=4096"])
+    with pytest.raises(UserError, match=r"dim=32 .not 64.: --init_from takes the shape of .*: leave out --dim$"):
+        train.main([*args, "--dim=32"])
+    with pytest.raises(UserError, match=r"init_from='x': the run in .* has '', which --resume cannot change: leave"):
+        train.main([f"--out_dir={tmp_path / 'first'}", "--resume", "--init_from=x", "--max_iters=5"])
+    with pytest.raises(UserError, match=r"nowhere does not exist: .* with --init_from=PATH$"):
+        train.main([*args, f"--init_from={tmp_path / 'nowhere'}"])
     with pytest.raises(UserError, match=r"start a new run from its weights: --init_from=.*first --out_dir=PATH"):
         train.main([f"--out_dir={tmp_path / 'first'}", "--resume", f"--data={other}", "--max_iters=5"])
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"block_size": 10**6, "batch_size": 64}, "a step needs about .* GB, of which cpu has .*: lower one, or use --rec"),
-    ({"n_layer": 600, "eval_iters": 10**7}, "batch_size=2 and block_size=32: .* takes .* minutes or more: lower one"),
+    ({"block_size": 10**6, "batch_size": 64}, "needs 1000001 tokens, .*; batch_size=64 and block_size=1000000: "),
+    ({"block_size": 40_000, "batch_size": 10**4}, "^batch_size=10000 and block_size=40000: "),
+    ({"gradient_accumulation_steps": 10**8}, "^batch_size=2 and block_size=32: "),
 ])  # fmt: skip
 def test_what_cannot_fit_or_end_is_refused_before_it_begins(tmp_path, changes, words):
+    """With memory and time, whichever of them it is."""
+    words += (r"a step needs about [\d.]+ of the [\d.]+ GB of cpu and takes [\d.]+ minutes or more, an evaluation of "
+              r"[\d,]+ tokens [\d.]+: lower one of them, or --eval_iters; --recompute=block ")  # fmt: skip
     with pytest.raises(UserError, match=words):
         train.main(options(tmp_path, "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_attention_counts_at_its_own_rate_and_an_evaluation_by_what_there_is(monkeypatch):
+    """A CPU with a matrix unit, of which attention has little: by the peak alone such a block would be let through."""
+    T = 100_000
+    config, run = HydraConfig(block_size=T), TrainConfig(batch_size=1)
+    machine = train.Machine(CPU, torch.bfloat16, False, 2e12, None, {})
+    monkeypatch.setattr(train, "total_memory", lambda device: 10**12)
+
+    def check(val_tokens: int, config: HydraConfig = config, run: TrainConfig = run) -> None:
+        corpus = SimpleNamespace(train=np.zeros(2 * T), val=range(val_tokens))
+        train.check_work(config, run, machine, train.ALONE, corpus)
+
+    rates = []
+    monkeypatch.setattr(train, "attention_peak", lambda device, dtype: rates.append(dtype) or 1.6e11)
+    with pytest.raises(UserError) as error:
+        check(250_000)
+    widths = 2 * 256 + 3 * 64 + 128 + 256 + 128  # MMCCCLML
+    pairs, rest = 4 * T / 2 * widths * T, 2 * count_params(config) * T  # a forward's
+    minutes = (pairs / 1.6e11 + rest / 2e12) / 60
+    found = re.search(r"takes ([\d.]+) minutes or more, an evaluation of 300,000 tokens ([\d.]+):", str(error.value))
+    assert [float(part) for part in found.groups()] == pytest.approx([3 * minutes, 3 * minutes], abs=0.06)
+    assert rates == [torch.bfloat16] and "memory" in str(error.value)
+    monkeypatch.setattr(train, "attention_peak", lambda device, dtype: 2e12)
+    check(250_000)
+    with pytest.raises(UserError, match="takes 0.6 minutes or more, an evaluation of 2,000,000 tokens 4.2:"):
+        check(10**12)  # eval_iters of it
+    check(250_000, HydraConfig(), TrainConfig())  # nothing to measure
+    assert len(rates) == 1
+
+
+def test_attention_has_a_rate():
+    assert 1e7 < attention_peak(CPU, torch.float32) < 1e14
+
+
+def test_a_run_that_began_from_another_goes_on_from_itself(tmp_path):
+    """A resume may repeat the option, as torchrun does when it starts a run again."""
+    train.main(options(tmp_path, "first", max_iters=1, eval_interval=1))
+    keys = options(tmp_path, "tuned", max_iters=2, eval_interval=1, init_from=tmp_path / "first")
+    train.main(keys)
+    assert train.main([*keys, "--resume", "--max_iters=3"]) == 0
+    assert [r["resumed_at"] for r in records(tmp_path / "tuned") if "resumed_at" in r] == [2]
+
+
+def test_what_init_from_may_change_and_what_not():
+    def check(config: HydraConfig, other: HydraConfig) -> None:
+        source = {"tokenizer": "it", "model_config": asdict(other), "train_config": {}}
+        train.check_source(config, source, TrainConfig(init_from="it"), "it")
+
+    other = dict(dim=64, n_layer=2, pattern="CL", mod_capacity=0.5)
+    changes = dict(vocab_size=258, block_size=64, dim=32, n_head=1, n_kv_head=2, n_layer=4, pattern="CM", mlp_ratio=5.0,
+                   compression=1, latent_head_dim=16, conv_kernel=2, qk_gain=0.0, value_shift=False, latent_ratio=1.0,
+                   window=4, rope_theta=5e5, norm_eps=1e-5, mod_capacity=0.25, mor_recursions=2, doc_mask=True,
+                   attn_backend="sdpa")  # fmt: skip
+    assert changes.keys() == HydraConfig.__dataclass_fields__.keys()
+    for name, value in changes.items():
+        if name in (*train.FREE, "mod_capacity"):
+            check(shape(**other | {name: value}), shape(**other))
+        else:
+            with pytest.raises(UserError, match=rf"^{name}=.*: leave out --{name}$"):
+                check(shape(**other | {name: value}), shape(**other))
+    with pytest.raises(UserError, match=r"^mod_capacity=0.0 \(not 0.5\): .*: leave out --mod_capacity$"):
+        check(shape(**other | {"mod_capacity": 0.0, "block_size": 64}), shape(**other))
+    with pytest.raises(UserError, match="dim=32 .not 64., pattern='L' .not 'CL'.: .*: leave out --dim, --pattern$"):
+        check(shape(**other | {"dim": 32, "pattern": "L"}), shape(**other))
+
+
+@pytest.mark.parametrize("path", ["loop", "loop/below", "x" * 300, "~nobody_of_this_name/x"])
+def test_a_path_that_cannot_be_is_one_line_whatever_it_is_for(tmp_path, path, monkeypatch):
+    """A link to itself, a name that is too long, a home that is none."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop")
+    for option in ("data", "val_data", "init_from", "tokenizer", "cache_dir", "out_dir"):
+        if path.startswith("~") and option.endswith("dir"):
+            continue  # a folder of that name
+        with pytest.raises(UserError) as error:
+            train.main([*options(tmp_path, "run"), "--max_iters=0", f"--{option}={path}"])
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    for args in ([f"--out_dir={path}"], [f"--out_dir={path}", "--resume"]):
+        with pytest.raises(UserError, match="does not exist: train first"):
+            sample.main(args[:1]) if len(args) == 1 else train.main(args)
+    with pytest.raises(UserError):
+        sample.main([f"--prompt_file={path}"])
 
 
 def test_a_split_that_is_none_is_a_warning(tmp_path, capsys):
@@ -721,7 +817,20 @@ def test_a_split_that_is_none_is_a_warning(tmp_path, capsys):
     (tmp_path / "val.txt").write_text("xyz\n" * 4)
     args = options(tmp_path, "run", data=tmp_path / "text.txt", val_data=tmp_path / "val.txt", max_iters=0)
     train.main(args)
-    assert "WARNING: validation has " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "WARNING: validation has " in said and "--val_data=PATH" in said and "set another part" not in said
+
+
+def test_warnings_of_shards_name_what_helps_them(tmp_path):
+    np.arange(300, dtype="<u2").tofile(tmp_path / "train.bin")
+    np.arange(20, dtype="<u2").tofile(tmp_path / "val.bin")
+    write_shards(tmp_path, "train", np.arange(32), 257)
+    (tmp_path / "text.txt").write_text("a text")
+    config, run = configurations(tmp_path, data=tmp_path, tokenizer="none", vocab_size=300, val_fraction=0.2)
+    beside, useless, split, short = train.warnings_of(train.read_corpus(config, run), config)
+    assert "WARNING: " in beside and "such as text.txt" in beside and "--val_fraction=0.2 has no effect" in useless
+    assert "fewer than one block of 32" in split and "--val_data=PATH" in split and "--val_fraction" not in split
+    assert "1 of 2 training shards have fewer than block_size + 1 = 33 ids" in short
 
 
 @pytest.mark.parametrize("changes", [{}, {"mod_capacity": 0.25}, {"mor_recursions": 3}], ids=str)
