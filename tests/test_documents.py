@@ -14,9 +14,10 @@ import machine
 import model as model_module
 import sample
 import train
-from attention import KINDS, document_mask, documents
+from attention import KINDS, documents
 from configurator import UserError
 from generate import decode, generate, new_state, prefill
+from machine import document_mask
 from model import Hydra, HydraConfig
 
 END = 96
