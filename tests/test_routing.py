@@ -445,10 +445,11 @@ def test_padding_is_neither_seen_nor_routed(variant):
 
 
 @torch.no_grad()
-@every_variant
+@pytest.mark.parametrize("variant, changes", [*((name, {}) for name in VARIANTS),
+                                              ("MoD-L", {"qk_norm": True, "short_conv": 3})], ids=str)  # fmt: skip
 @pytest.mark.parametrize("static", [False, True])
-def test_a_row_that_bypasses_leaves_every_state_untouched(variant, static, monkeypatch):
-    net = make(variant).eval()
+def test_a_row_that_bypasses_leaves_every_state_untouched(variant, changes, static, monkeypatch):
+    net = make(variant, **changes).eval()
     idx = tokens(2, 12)
     state = new_state(net, 2, 20, static)
     prefill(net, [idx[0, :9], idx[1, :5]], state)
