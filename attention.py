@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from configurator import need
-from layers import Linear, RMSNorm, linear
-from machine import causal_block_mask, choose_backend, document_block_mask
+from layers import Linear, RMSNorm, convolve_at_once, depthwise, fill_identity, linear, moved
+from machine import causal_block_mask, choose_backend, document_mask
 
 
 class Context(NamedTuple):
@@ -58,22 +58,6 @@ def documents(idx_BT: Tensor, end: int) -> tuple[Tensor, Tensor]:
     return t - doc_BT, doc_BT
 
 
-def document_mask(doc_BT: Tensor, window: int) -> Tensor:
-    """What SDPA is to see, bool [B, 1, T, T]: the tokens before in the same document, the last `window` (0 = all)."""
-    t = torch.arange(doc_BT.size(1), device=doc_BT.device)
-    behind = t[:, None] - t
-    seen = behind >= 0
-    if window:
-        seen = seen & (behind < window)
-    return (seen & (doc_BT[:, :, None] == doc_BT[:, None, :])).unsqueeze(1)
-
-
-def document_masks(doc_BT: Tensor, windows: set[int], flex: bool) -> dict[tuple[int, int], BlockMask | Tensor]:
-    """The masks of a `Context` for all tokens of doc [B, T]."""
-    make = document_block_mask if flex else document_mask
-    return {(doc_BT.size(1), window): make(doc_BT, window) for window in sorted(windows)}
-
-
 def make_context(pos: Tensor, widths: set[int], theta: float, masks: set[tuple[int, int]] = frozenset(),
                  dtype: torch.dtype = torch.float32) -> Context:  # fmt: skip
     """Rotation tables at positions `pos` for every width, in the dtype of the layers' products, and a BlockMask for
@@ -89,8 +73,12 @@ def make_context(pos: Tensor, widths: set[int], theta: float, masks: set[tuple[i
 
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate-half RoPE (arXiv:2104.09864, eq. 34) of x [B, T, heads, width] by a table of `make_context`: channel i
-    turns with channel i + width/2, which a roll by half the width puts in its place."""
+    turns with channel i + width/2, which a roll by half the width puts in its place. Of a wider x the first channels
+    turn, the others have no position."""
     cos, sin = table
+    if cos.size(-1) < x.size(-1):
+        turning, still = x.tensor_split((cos.size(-1),), dim=-1)
+        return torch.cat((apply_rope(turning, table), still), dim=-1)
     partner = x.roll(x.size(-1) // 2, dims=-1)
     return torch.addcmul(x * cos.to(x.dtype), partner, sin.to(x.dtype))
 
@@ -176,16 +164,24 @@ def store(slots_BSGK: Tensor, new_BTGK: Tensor, ctx: Context) -> None:
         slots_BSGK.copy_(new_BTGK[row_B1, (last_B1 - (last_B1 - slot_S) % S).clamp(min=0)])
 
 
-def read(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, ctx: Context, scale: float | None = None) -> Tensor:
+def read(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, ctx: Context, scale: float | None = None,
+         key_scale_BSH1: Tensor | None = None) -> Tensor:  # fmt: skip
     """One query a row over its stored keys and values -> [B, 1, H, K]. `ctx.visible` cuts the slots to a view; where
-    rows may have fewer tokens a mask hides the others' slots, which a CPU reads slower than a view."""
+    rows may have fewer tokens a mask hides the others' slots, which a CPU reads slower than a view. `key_scale`: heads
+    share one key, and each has a factor of its own for it, which no fused kernel takes."""
     visible = min(k_BSGK.size(1), ctx.visible)
     mask = None
     if not ctx.uniform:  # a ring is full once the row is as long as it, and holds positions 0.. before
         mask = (torch.arange(visible, device=q_BTHK.device) <= ctx.pos)[:, None, None]
     q_BGhK = q_BTHK.squeeze(1).unflatten(1, (k_BSGK.size(2), -1))  # the heads of a group are its queries: one product
     k_BGSK, v_BGSK = (t[:, :visible].transpose(1, 2) for t in (k_BSGK, v_BSGK))
-    y_BGhK = F.scaled_dot_product_attention(q_BGhK, k_BGSK, v_BGSK, attn_mask=mask, scale=scale)
+    if key_scale_BSH1 is None:
+        y_BGhK = F.scaled_dot_product_attention(q_BGhK, k_BGSK, v_BGSK, attn_mask=mask, scale=scale)
+    else:
+        scores_B1HS = scale * (q_BGhK @ k_BGSK.mT) * key_scale_BSH1[:, :visible].transpose(1, 3)
+        if mask is not None:
+            scores_B1HS = scores_B1HS.masked_fill(~mask, -math.inf)
+        y_BGhK = scores_B1HS.softmax(-1).to(v_BGSK.dtype) @ v_BGSK
     return y_BGhK.flatten(1, 2).unsqueeze(1)
 
 
@@ -207,18 +203,44 @@ def with_past(x: Tensor, rows: int, name: str, ctx: Context, state: LayerState |
     return x
 
 
-def moved(x_BTC: Tensor, tokens: int, doc_BT: Tensor | None) -> Tensor:
-    """x moved on by so many tokens: zeros before the first one, and at those whose document begins in between."""
-    T = x_BTC.size(1)
-    x_BTC = F.pad(x_BTC, (0, 0, tokens, 0))[:, :T]
-    if doc_BT is None:
-        return x_BTC
-    foreign_BT = F.pad(doc_BT, (tokens, 0), value=-1)[:, :T] != doc_BT
-    return x_BTC.masked_fill(foreign_BT[..., None], 0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the variants; `config` is the model's HydraConfig
+
+
+def turned(config, width: int) -> int:
+    """How many of so many channels RoPE turns. UserError where that is no even number."""
+    part = width * config.rope_fraction
+    whole = abs(part - round(part)) < 1e-6 and round(part) % 2 == 0
+    need(config, "rope_fraction", whole, f"of {width} channels {part:g} would turn, which must be an even number")
+    return round(part)
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over time of projected x [B, T, channels]: channel by channel y_t is the sum of
+    w_i x_(t-i) for i < taps, with x = 0 before a text or its own document. It starts as the identity, w_0 = 1. Primer
+    (arXiv:2109.08668) and Canon-B (arXiv:2512.17351, as x + conv(x)) have it on q, k and v. 0 taps = no convolution."""
+
+    vectors = ("weight",)
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__()
+        self.channels, self.taps = channels, taps
+        self.weight = nn.Parameter(torch.empty(channels, taps)) if taps else None
+
+    def init_weights(self) -> None:
+        if self.taps:
+            fill_identity(self.weight)
+
+    def new_state(self, B: int, like: Tensor) -> LayerState:
+        return {"short_tail": like.new_zeros(B, self.taps - 1, self.channels)} if self.taps else {}
+
+    def forward(self, x: Tensor, ctx: Context, state: LayerState | None) -> Tensor:
+        if not self.taps:
+            return x
+        filters = self.weight.to(x.dtype)
+        if (x.is_cuda or ctx.doc is not None) and state is None:  # on a GPU one kernel
+            return sum(moved(x, self.taps - 1 - i, ctx.doc) * filters[:, i] for i in range(self.taps))
+        return depthwise(with_past(x, self.taps - 1, "short_tail", ctx, state), filters)
 
 
 class Attention(nn.Module):
@@ -228,7 +250,8 @@ class Attention(nn.Module):
       4 * score_width FLOPs. All other FLOPs are two for each number of a matrix;
     - window: the last tokens that it sees, 0 = all; out: the projection onto the residual line, which starts smaller;
     - vectors: names of parameters that are no matrices whatever their shape, such as filters: they get no weight decay;
-    - plain: names of Linear modules whose weight decoding reads itself, so that it is not packed (generate.py)."""
+    - plain: names of Linear modules whose weight decoding reads itself, so that it is not packed (generate.py).
+    `add_common`, `unit` and `tempered` are for letters that take the options qk_norm, short_conv and pre_out_norm."""
 
     head_width: int
     rope_width: int
@@ -238,8 +261,32 @@ class Attention(nn.Module):
     plain: tuple[str, ...] = ()
     out: Linear
 
+    def add_common(self, config, keys: int, normed: bool, tempered: bool, channels: int = 0) -> None:
+        """What stands around the core: QK-norm, temperatures of so many keys, a ShortConv of so many channels, .."""
+        self.normed = normed
+        self.eps = config.norm_eps
+        temperatures = nn.Parameter(torch.empty(keys)) if tempered and config.k_temperature else None
+        self.register_parameter("k_temperature", temperatures)
+        if channels:
+            self.short_conv = ShortConv(channels, config.short_conv)
+        self.norm = RMSNorm(self.score_width, config.norm_eps) if config.pre_out_norm else nn.Identity()
+        self.out = Linear(self.score_width, config.dim)
+
+    def unit(self, x_BTNK: Tensor) -> Tensor:
+        """QK-norm: RMSNorm over a head's channels without a gain, which is the L2 norm of arXiv:2510.04476 times
+        sqrt(K), so that a logit is at most sqrt(K) times the key's temperature."""
+        if not self.normed:
+            return x_BTNK
+        return F.rms_norm(x_BTNK, (self.head_width,), eps=self.eps).to(x_BTNK.dtype)  # autocast norms in fp32
+
+    def tempered(self, k: Tensor) -> Tensor:
+        """Keys [B, T, G, ..] times their temperatures."""
+        return k if self.k_temperature is None else k * self.k_temperature.to(k.dtype)[:, None]
+
     def init_weights(self) -> None:
         """Fill the parameters of its own; those of its Linear and RMSNorm modules are filled by the model."""
+        if getattr(self, "k_temperature", None) is not None:
+            nn.init.ones_(self.k_temperature)
 
     def new_state(self, B: int, S: int, like: Tensor) -> LayerState:
         """Zeros of `like`'s dtype and device for B texts of up to S tokens. An entry [B, S, ...] has a slot a token
@@ -260,11 +307,11 @@ class GQA(Attention):
         self.n_head, self.n_kv_head = config.n_head, n_kv_head
         self.window = window
         self.requested = config.attn_backend
-        self.head_width = self.rope_width = config.dim // config.n_head
+        self.head_width = config.dim // config.n_head
+        self.rope_width = turned(config, self.head_width)
         self.score_width = config.dim
         self.qkv = Linear(config.dim, config.dim + 2 * n_kv_head * self.head_width)
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.out = Linear(config.dim, config.dim)
+        self.add_common(config, n_kv_head, config.qk_norm, config.qk_norm, self.qkv.out_features)
 
     @staticmethod
     def check(config) -> None:
@@ -272,16 +319,18 @@ class GQA(Attention):
         need(config, "dim n_head", config.dim % unit == 0, f"heads need an even width: dim a multiple of {unit}")
         if "G" in config.layers:
             need(config, "n_head n_kv_head", config.n_head % config.n_kv_head == 0, "the second must divide the first")
+        turned(config, config.dim // config.n_head)
 
     def new_state(self, B: int, S: int, like: Tensor) -> LayerState:
         shape = (B, min(S, self.window or S), self.n_kv_head, self.head_width)
-        return {"k": like.new_zeros(shape), "v": like.new_zeros(shape)}
+        return {"k": like.new_zeros(shape), "v": like.new_zeros(shape), **self.short_conv.new_state(B, like)}
 
     def forward(self, x_BTD: Tensor, ctx: Context, state: LayerState | None = None) -> Tensor:
         H, G = self.n_head, self.n_kv_head
-        qk_BTNK, v_BTGK = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width)).split((H + G, G), dim=2)
-        q_BTHK, k_BTGK = apply_rope(qk_BTNK, ctx.rope[self.rope_width]).split((H, G), dim=2)
-        y_BTD = attend(q_BTHK, k_BTGK, v_BTGK, ctx, self.window, self.requested, state)
+        qkv = self.short_conv(self.qkv(x_BTD), ctx, state)
+        qk_BTNK, v_BTGK = qkv.unflatten(-1, (-1, self.head_width)).split((H + G, G), dim=2)
+        q_BTHK, k_BTGK = apply_rope(self.unit(qk_BTNK), ctx.rope[self.rope_width]).split((H, G), dim=2)
+        y_BTD = attend(q_BTHK, self.tempered(k_BTGK), v_BTGK, ctx, self.window, self.requested, state)
         return self.out(self.norm(y_BTD))
 
 
@@ -302,7 +351,8 @@ def ccqa_heads(config) -> tuple[int, int, int]:
 class CCQA(Attention):
     """Compressed convolutional grouped-query attention, CCGQA of arXiv:2510.04476, sections 3.1-3.3: the whole
     attention runs in a latent of width L = D/C, with queries and keys mixed over time by two short causal
-    convolutions and with each other by their means. Ablation: conv_kernel = 0, qk_gain = 0, value_shift = false."""
+    convolutions and with each other by their means. Without a part: conv_kernel = 0, qk_gain = 0, value_shift = false,
+    ccqa_norm = false, k_temperature = false. It has a norm and convolutions: qk_norm and short_conv change others."""
 
     vectors = ("conv_depthwise",)
 
@@ -310,23 +360,21 @@ class CCQA(Attention):
         super().__init__()
         H, G, K = ccqa_heads(config)
         self.n_head, self.n_kv_head = H, G
-        self.head_width = self.rope_width = K
+        self.head_width = K
+        self.rope_width = turned(config, K)
         self.latent = self.score_width = H * K
         self.kappa = G * K
         self.requested = config.attn_backend
         self.conv_kernel = config.conv_kernel
         self.qk_gain = config.qk_gain
         self.value_shift = config.value_shift
-        self.eps = config.norm_eps
         self.reach = 2 * max(0, config.conv_kernel - 1)  # tokens that the convolutions see behind the present one
         channels = self.latent + self.kappa
         self.down = Linear(config.dim, channels + self.kappa)  # q, k and both halves of v at once
         if config.conv_kernel:
             self.conv_depthwise = nn.Parameter(torch.empty(channels, config.conv_kernel))
             self.conv_grouped = nn.Parameter(torch.empty(channels, K, config.conv_kernel))  # K x K inside a head
-        self.k_temperature = nn.Parameter(torch.empty(G))
-        self.norm = RMSNorm(self.latent, config.norm_eps)
-        self.out = Linear(self.latent, config.dim)
+        self.add_common(config, G, config.ccqa_norm, True)
 
     @staticmethod
     def check(config) -> None:
@@ -338,15 +386,18 @@ class CCQA(Attention):
         remedy = f"CCQA's heads need an even width that divides dim/compression={L}: latent_head_dim=-1 fits itself"
         fits = H == config.n_head or config.latent_head_dim != 0
         need(config, "dim n_head compression latent_head_dim", fits and K % 2 == 0 and H * K == L, remedy)
+        turned(config, K)
+        idle = set(config.layers) == {"C"} and (config.qk_norm or config.short_conv)
+        remedy = "CCQA has its own norm and convolutions, see ccqa_norm and conv_kernel: leave these off"
+        need(config, "pattern qk_norm short_conv", not idle, remedy)
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Depthwise taps start as the identity and grouped ones at 1/sqrt(fan in): with the 0.02 of a projection for
         both, CCQA loses most of what it gains."""
-        nn.init.ones_(self.k_temperature)
+        super().init_weights()
         if self.conv_kernel:
-            nn.init.zeros_(self.conv_depthwise)
-            self.conv_depthwise[:, -1] = 1.0  # the last tap is the present token
+            fill_identity(self.conv_depthwise)
             nn.init.normal_(self.conv_grouped, std=(self.head_width * self.conv_kernel) ** -0.5)
 
     def new_state(self, B: int, S: int, like: Tensor) -> LayerState:
@@ -368,17 +419,12 @@ class CCQA(Attention):
             else:
                 shifted = with_past(before, 1, "v_tail", ctx, state)[:, :-1]
             v = torch.cat((now, shifted), dim=-1)
-        mixed = qk
-        if self.conv_kernel:
-            mixed = self.convolve(qk, ctx, state)
+        mixed = self.convolve(qk, ctx, state) if self.conv_kernel else qk
         mixed_BTNK = mixed.unflatten(-1, (H + G, -1))
         if self.qk_gain:
             mixed_BTNK = mixed_BTNK + self.couple(qk.unflatten(-1, (H + G, -1)))
-        # post-mix norm: without a gain this is the paper's L2 norm times sqrt(K), so a logit is at most sqrt(K) * temp
-        mixed_BTNK = F.rms_norm(mixed_BTNK, (self.head_width,), eps=self.eps).to(qk.dtype)  # autocast norms in fp32
-        q_BTHK, k_BTGK = apply_rope(mixed_BTNK, ctx.rope[self.rope_width]).split((H, G), dim=2)
-        k_BTGK = k_BTGK * self.k_temperature.to(k_BTGK.dtype)[:, None]
-        y = attend(q_BTHK, k_BTGK, v.unflatten(-1, (G, -1)), ctx, requested=self.requested, state=state)
+        q_BTHK, k_BTGK = apply_rope(self.unit(mixed_BTNK), ctx.rope[self.rope_width]).split((H, G), dim=2)
+        y = attend(q_BTHK, self.tempered(k_BTGK), v.unflatten(-1, (G, -1)), ctx, requested=self.requested, state=state)
         return self.out(self.norm(y))
 
     def couple(self, qk_BTNK: Tensor) -> Tensor:
@@ -393,35 +439,21 @@ class CCQA(Attention):
             return convolve_at_once(qk, self.conv_depthwise, self.conv_grouped, ctx.doc)
         u = with_past(qk, self.reach, "qk_tail", ctx, state)
         taps, K = self.conv_kernel, self.head_width
-        T = u.size(1) - taps + 1
-        depthwise, grouped = self.conv_depthwise.to(u.dtype), self.conv_grouped.to(u.dtype)
-        mixed = u[:, :T] * depthwise[:, 0]
-        for i in range(1, taps):
-            mixed = mixed + u[:, i : i + T] * depthwise[:, i]
-        if T == taps:  # one token: a convolution's set-up would cost more than its work
+        grouped = self.conv_grouped.to(u.dtype)
+        mixed = depthwise(u, self.conv_depthwise.to(u.dtype))
+        if mixed.size(1) == taps:  # one token: a convolution's set-up would cost more than its work
             seen = torch.stack(mixed.split(1, dim=1), dim=-1).unflatten(2, (-1, K))
             return torch.einsum("btnij,noij->btno", seen, grouped.unflatten(0, (-1, K))).flatten(2)
         y = F.conv1d(mixed.transpose(1, 2), grouped, groups=self.n_head + self.n_kv_head)
         return y.transpose(1, 2).contiguous()  # heads must be dense in memory: SDPA has no fused kernel for others
 
 
-def convolve_at_once(x: Tensor, depthwise: Tensor, grouped: Tensor, doc_BT: Tensor | None = None) -> Tensor:
-    """Both convolutions of texts [B, T, N*K] as a GPU wants them: in turn they are one filter, whose tap s sums what
-    tap i of `grouped` does to tap s-i of `depthwise`. One product makes the parts of all taps; the kernel that follows
-    moves them to their tokens. (They are sliced, not unbound: the gradient of an unbind is a kernel for each.) Where
-    both ends of a tap lie in one document, so do the tokens between that the two convolutions met in."""
-    K, taps = grouped.shape[1:]
-    pairs = grouped.unflatten(0, (-1, K)).unsqueeze(-1) * depthwise.unflatten(0, (-1, 1, K)).unsqueeze(-2)
-    filters = F.pad(pairs, (0, taps)).flatten(-2)[..., :-taps].unflatten(-1, (taps, -1)).sum(-2)  # row i moved by i
-    parts = torch.einsum("btni,nois->btnso", x.unflatten(-1, (-1, K)), filters.to(x.dtype))
-    last = 2 * taps - 2
-    return sum(moved(parts[:, :, :, last - i].flatten(2), i, doc_BT) for i in range(last + 1))
-
-
 class MLA(Attention):
     """Multi-head latent attention (arXiv:2405.04434, section 2.1) with decoupled RoPE; q, k and v all come from one
     normed latent of width R. Half of a head's K channels carry no position, half are rotated, and the rotated key
-    is one K/2 vector shared by all heads. q/k and v are equally wide so that the fused kernels take them."""
+    is one K/2 vector shared by all heads. q/k and v are equally wide so that the fused kernels take them.
+    qk_norm norms every head's query and whole key, K channels: to a key that is one factor, which is cached beside the
+    latent, so that the past stays compressed. short_conv mixes the latent before its norm, thus q, k and v at once."""
 
     plain = ("up",)
 
@@ -431,13 +463,13 @@ class MLA(Attention):
         self.requested = config.attn_backend
         self.latent = self.score_width = R = round(config.dim * config.latent_ratio)
         self.head_width = R // config.n_head
-        self.rope_width = self.head_width // 2
+        self.shared_width = self.head_width // 2  # of the key with a position
+        self.rope_width = turned(config, self.shared_width)
         self.down = Linear(config.dim, R)
         self.latent_norm = RMSNorm(R, config.norm_eps)
         # W_q, W_kr, W_uk, W_uv in this order: a decoding step makes a product with the first two, absorbs the others
-        self.up = Linear(R, 2 * R + R // 2 + self.rope_width)
-        self.norm = RMSNorm(R, config.norm_eps)
-        self.out = Linear(R, config.dim)
+        self.up = Linear(R, 2 * R + R // 2 + self.shared_width)
+        self.add_common(config, config.n_head, config.qk_norm, config.qk_norm, R)
 
     @staticmethod
     def check(config) -> None:
@@ -446,43 +478,62 @@ class MLA(Attention):
         whole = abs(R - round(R)) < 1e-6 and round(R) > 0 and round(R) % unit == 0
         remedy = f"MLA's latent, dim*latent_ratio={R:g}, must be a multiple of 4*n_head={unit}: change one"
         need(config, "dim n_head latent_ratio", whole, remedy)
+        turned(config, round(R) // config.n_head // 2)
 
     def new_state(self, B: int, S: int, like: Tensor) -> LayerState:
-        """For up to S tokens the normed latent and the shared rope key, side by side: R + K/2 values a token."""
-        return {"latent": like.new_zeros(B, S, 1, self.latent + self.rope_width)}
+        """For up to S tokens the normed latent and the shared rope key, side by side: R + K/2 values a token; with
+        qk_norm also the factors of the heads' keys, H values."""
+        state = self.short_conv.new_state(B, like)
+        state["latent"] = like.new_zeros(B, S, 1, self.latent + self.shared_width)
+        if self.normed:
+            state["key_scale"] = like.new_zeros(B, S, self.n_head, 1)
+        return state
 
     def forward(self, x_BTD: Tensor, ctx: Context, state: LayerState | None = None) -> Tensor:
         H, R = self.n_head, self.latent
         table = ctx.rope[self.rope_width]
-        latent = self.latent_norm(self.down(x_BTD))
+        latent = self.latent_norm(self.short_conv(self.down(x_BTD), ctx, state))
         if ctx.decoding:
             return self.out(self.norm(self.absorbed(latent, ctx, state)))
         up = self.up(latent)
-        q, _, k_nope, v = up.split((R, self.rope_width, R // 2, R), dim=-1)
-        k_rope = up[..., R : R + self.rope_width]  # on its own: a GPU makes the gradient of `up` in one kernel
-        q_nope, q_rope = q.unflatten(-1, (H, -1)).chunk(2, dim=-1)
+        q, _, k_nope, v = up.split((R, self.shared_width, R // 2, R), dim=-1)
+        k_rope = up[..., R : R + self.shared_width]  # on its own: a GPU makes the gradient of `up` in one kernel
+        q_nope, q_rope = self.unit(q.unflatten(-1, (H, -1))).chunk(2, dim=-1)
+        k_nope = k_nope.unflatten(-1, (H, -1))
         k_rope = apply_rope(k_rope.unsqueeze(2), table)
         if state is not None:
             store(state["latent"], torch.cat((latent.unsqueeze(2), k_rope), dim=-1), ctx)
         q_BTHK = torch.cat((q_nope, apply_rope(q_rope, table)), dim=-1)
-        k_BTHK = torch.cat((k_nope.unflatten(-1, (H, -1)), k_rope.expand(-1, -1, H, -1)), dim=-1)
+        k_BTHK = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), dim=-1)
+        if self.normed:
+            k_BTHK = k_BTHK * self.key_scale(k_nope, k_rope, ctx, state)
         v_BTHK = v.unflatten(-1, (H, -1))
         return self.out(self.norm(attend(q_BTHK, k_BTHK, v_BTHK, ctx, requested=self.requested)))
+
+    def key_scale(self, k_nope: Tensor, k_rope: Tensor, ctx: Context, state: LayerState | None) -> Tensor:
+        """[B, T, H, 1]: what qk_norm multiplies the whole key of each head with, stored in a state."""
+        squares = (k.float().square().sum(-1, keepdim=True) for k in (k_nope, k_rope))
+        scale = self.tempered((sum(squares) / self.head_width + self.eps).rsqrt()).to(k_nope.dtype)
+        if state is not None:
+            store(state["key_scale"], scale, ctx)
+        return scale
 
     def absorbed(self, latent: Tensor, ctx: Context, state: LayerState) -> Tensor:
         """A decoding step -> [B, 1, R]. W_uk goes into the query and W_uv behind the read, so that the attention runs
         over the latents themselves (one key/value head, R + K/2 wide) and the past is never expanded."""
         H, R = self.n_head, self.latent
         table = ctx.rope[self.rope_width]
-        W_query, W_uk, W_uv = self.up.weight.to(latent.dtype).split((R + self.rope_width, R // 2, R))
+        W_query, W_uk, W_uv = self.up.weight.to(latent.dtype).split((R + self.shared_width, R // 2, R))
         q, k_rope = linear(latent, W_query).tensor_split((R,), dim=-1)
-        q_nope, q_rope = q.unflatten(-1, (H, -1)).chunk(2, dim=-1)
+        q_nope, q_rope = self.unit(q.unflatten(-1, (H, -1))).chunk(2, dim=-1)
         k_rope = apply_rope(k_rope.unsqueeze(2), table)
         store(state["latent"], torch.cat((latent.unsqueeze(2), k_rope), dim=-1), ctx)
+        if self.normed:
+            self.key_scale(linear(latent, W_uk).unflatten(-1, (H, -1)), k_rope, ctx, state)
         q_latent = torch.einsum("bthk,hkr->bthr", q_nope, W_uk.unflatten(0, (H, -1)))
         q_latent = torch.cat((q_latent, apply_rope(q_rope, table)), dim=-1)
         past = state["latent"]  # also the values: equal widths keep the fused kernel, the rope part is cut off
-        y = read(q_latent, past, past, ctx, scale=self.head_width**-0.5)[..., :R]
+        y = read(q_latent, past, past, ctx, self.head_width**-0.5, state.get("key_scale"))[..., :R]
         return torch.einsum("bthr,hkr->bthk", y, W_uv.unflatten(0, (H, -1))).flatten(2)
 
 

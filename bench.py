@@ -271,8 +271,8 @@ def zaya(config: HydraConfig, ctx, B: int) -> nn.Module:
     attn = importlib.import_module("transformers.models.zaya.modeling_zaya").ZayaAttention(theirs, 0)
     for p in attn.parameters():
         nn.init.normal_(p, std=0.02)
-    cos, (minus, sin) = ctx.rope[K][0], ctx.rope[K][1].chunk(2, dim=-1)  # ours carries the half's sign
-    rope = [t.squeeze(1).expand(B, -1, -1) for t in (cos, torch.cat((-minus, sin), dim=-1))]
+    [(cos, signed)] = ctx.rope.values()  # ours carries the half's sign
+    rope = [t.squeeze(1).expand(B, -1, -1) for t in (cos, signed.chunk(2, dim=-1)[1].repeat(1, 1, 2))]
     plain = attn.forward
     attn.forward = lambda x, _: plain(x, position_embeddings=rope)[0]
     return attn

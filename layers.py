@@ -1,4 +1,5 @@
-"""The parts of a trunk that are not attention: linear maps, RMSNorm, SwiGLU, and the loss over a large vocabulary.
+"""The parts of a trunk that are not attention: linear maps, RMSNorm, filters over time, SwiGLU, the residual line's
+scales, and the loss over a large vocabulary.
 
 Backwards are written by hand where that keeps less than autograd would; a second derivative is refused. Modules take
 widths, never a configuration, and fill the parameters of their own in `init_weights`.
@@ -78,6 +79,66 @@ class RMSNorm(nn.Module):
         if x.requires_grad and not x.is_cuda:
             return RMSNormFunction.apply(x, weight, self.eps)
         return F.rms_norm(x, self.weight.shape, weight, self.eps)
+
+
+class ResidualScale(nn.Module):
+    """(x + b) * s + (y + c) * a of a residual line x and a layer's output y, four learned vectors (arXiv:2511.17127,
+    the model of CCA's authors). It starts as x + alpha * y."""
+
+    def __init__(self, width: int, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+        self.line_scale, self.line_bias, self.layer_scale, self.layer_bias = (
+            nn.Parameter(torch.empty(width)) for _ in range(4)
+        )
+
+    def init_weights(self) -> None:
+        nn.init.ones_(self.line_scale)
+        nn.init.constant_(self.layer_scale, self.alpha)
+        nn.init.zeros_(self.line_bias)
+        nn.init.zeros_(self.layer_bias)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x + self.line_bias) * self.line_scale + (y + self.layer_bias) * self.layer_scale
+
+
+def moved(x_BTC: Tensor, tokens: int, doc_BT: Tensor | None) -> Tensor:
+    """x moved on by so many tokens: zeros before the first one, and at those whose document begins in between."""
+    T = x_BTC.size(1)
+    x_BTC = F.pad(x_BTC, (0, 0, tokens, 0))[:, :T]
+    if doc_BT is None:
+        return x_BTC
+    foreign_BT = F.pad(doc_BT, (tokens, 0), value=-1)[:, :T] != doc_BT
+    return x_BTC.masked_fill(foreign_BT[..., None], 0)
+
+
+def depthwise(x: Tensor, filters: Tensor) -> Tensor:
+    """Filters [channels, taps] over time, the last tap at the present token, of x [B, taps - 1 + T, channels]."""
+    taps = filters.size(1)
+    T = x.size(1) - taps + 1
+    y = x[:, :T] * filters[:, 0]
+    for i in range(1, taps):
+        y = y + x[:, i : i + T] * filters[:, i]
+    return y
+
+
+@torch.no_grad()
+def fill_identity(filters: Tensor) -> None:
+    nn.init.zeros_(filters)
+    filters[:, -1] = 1.0
+
+
+def convolve_at_once(x: Tensor, depthwise: Tensor, grouped: Tensor, doc_BT: Tensor | None = None) -> Tensor:
+    """Both convolutions of texts [B, T, N*K] as a GPU wants them: in turn they are one filter, whose tap s sums what
+    tap i of `grouped` does to tap s-i of `depthwise`. One product makes the parts of all taps; the kernel that follows
+    moves them to their tokens. (They are sliced, not unbound: the gradient of an unbind is a kernel for each.) Where
+    both ends of a tap lie in one document, so do the tokens between that the two convolutions met in."""
+    K, taps = grouped.shape[1:]
+    pairs = grouped.unflatten(0, (-1, K)).unsqueeze(-1) * depthwise.unflatten(0, (-1, 1, K)).unsqueeze(-2)
+    filters = F.pad(pairs, (0, taps)).flatten(-2)[..., :-taps].unflatten(-1, (taps, -1)).sum(-2)  # row i moved by i
+    parts = torch.einsum("btni,nois->btnso", x.unflatten(-1, (-1, K)), filters.to(x.dtype))
+    last = 2 * taps - 2
+    return sum(moved(parts[:, :, :, last - i].flatten(2), i, doc_BT) for i in range(last + 1))
 
 
 class GatedDown(torch.autograd.Function):

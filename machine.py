@@ -207,6 +207,22 @@ def document_block_mask(doc_BT: Tensor, window: int) -> BlockMask:
     return create_block_mask(visible, B, None, T, T, doc_BT.device)
 
 
+def document_mask(doc_BT: Tensor, window: int) -> Tensor:
+    """What SDPA is to see, bool [B, 1, T, T]: the tokens before in the same document, the last `window` (0 = all)."""
+    t = torch.arange(doc_BT.size(1), device=doc_BT.device)
+    behind = t[:, None] - t
+    seen = behind >= 0
+    if window:
+        seen = seen & (behind < window)
+    return (seen & (doc_BT[:, :, None] == doc_BT[:, None, :])).unsqueeze(1)
+
+
+def document_masks(doc_BT: Tensor, windows: set[int], flex: bool) -> dict[tuple[int, int], BlockMask | Tensor]:
+    """The masks of a `Context` for all tokens of doc [B, T]."""
+    make = document_block_mask if flex else document_mask
+    return {(doc_BT.size(1), window): make(doc_BT, window) for window in sorted(windows)}
+
+
 class PackedLinear(nn.Module):
     """A linear map for inference on a CPU, its weights in the block order of oneDNN, which a product of few rows reads
     at 1.3-2 times the rate of plain ones. The operators are torch's own, but private to the pinned version."""

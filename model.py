@@ -3,6 +3,8 @@
 - The layer mix is a string tiled over the depth. "MMCCCLML" (M = MQA, C = CCQA, L = MLA; see attention.py) is the
   8-layer macro-block, three of them make the 24-layer transformer; "A" (MHA) and "G" (GQA) are the baselines.
 - Block: x = x + alpha * attn(norm(x)), x = x + mlp(norm(x)); SwiGLU, RMSNorm (layers.py).
+- What makes a comparison fair is an option, off by default: QK-norm and a short convolution for every letter, fewer
+  channels that turn, learned scales of the residual lines, CCQA without any of its parts.
 - Routing (routing.py): blocks that a part of the tokens skips, blocks that are run several times, or both.
 - Packed documents (doc_mask): nothing looks over an end of text, and positions begin again behind it.
 - Tied embedding and head; a loss that never holds the logits of a large vocabulary as a whole.
@@ -17,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attention import KINDS, Context, LayerState, document_masks, documents, make_context
+from attention import KINDS, Context, LayerState, documents, make_context
 from configurator import UserError, need
-from layers import RMSNorm, SwiGLU, compute_dtype, cross_entropy, linear, loss_chunk
-from machine import choose_backend, compile_blocks
+from layers import ResidualScale, RMSNorm, SwiGLU, compute_dtype, cross_entropy, linear, loss_chunk
+from machine import choose_backend, compile_blocks, document_masks
 from routing import AUX_RECURSIONS, Record, Routed, Router, is_routed, layer_tokens, recurse, statistics
 
 
@@ -41,9 +43,16 @@ class HydraConfig:
     conv_kernel: int = 3  # taps of each of CCQA's two causal convolutions, 0 = no convolution
     qk_gain: float = 0.25  # gain of CCQA's QK-mean coupling, 0 to 0.5, 0 = no coupling
     value_shift: bool = True  # half of CCQA's values come from the previous token
+    ccqa_norm: bool = True  # CCQA norms the queries and keys of each head
+    qk_norm: bool = False  # the other letters do so too, and get CCQA's temperatures
+    k_temperature: bool = True  # CCQA's keys, and those of qk_norm, have a learned factor for each head
+    short_conv: int = 0  # taps of a causal depthwise convolution of q, k, v (MLA: its latent), not CCQA's, 0 = none
     latent_ratio: float = 0.5  # MLA's latent is D times this wide
     window: int = 0  # MQA layers see this many last tokens, 0 = all
     rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_fraction: float = 1.0  # part of the channels with a position that RoPE really turns, the first ones
+    pre_out_norm: bool = True  # an RMSNorm of the merged heads in front of the output projection
+    alpha: str = "fixed"  # scale of the residual lines: fixed (by the letter) or learned (layers.ResidualScale)
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
     mod_capacity: float = 0.0  # part of the tokens that goes through every other block, 0 = all through all (no MoD)
     mor_recursions: int = 1  # the blocks are run this many times, from the second on for fewer tokens, 1 = no MoR
@@ -57,6 +66,9 @@ class HydraConfig:
         need(self, "window", self.window >= 0, "it must be 0 or positive")
         need(self, "latent_head_dim", self.latent_head_dim >= -1, "use -1 (what fits), 0 (D/C/n_head) or a width")
         need(self, "conv_kernel", 0 <= self.conv_kernel <= 64, "choose a number from 0 to 64")
+        need(self, "short_conv", 0 <= self.short_conv <= 64, "choose a number from 0 to 64")
+        need(self, "rope_fraction", 0 <= self.rope_fraction <= 1, "choose a value from 0 to 1")
+        need(self, "alpha", self.alpha in ("fixed", "learned"), "use fixed or learned")
         need(self, "mlp_ratio", 0 < self.mlp_ratio <= 1000, "choose a value above 0, such as 3, and at most 1000")
         need(self, "latent_ratio", 0 < self.latent_ratio <= 1, "choose a value above 0 and at most 1")
         need(self, "rope_theta", 1 <= self.rope_theta <= 1e15, "choose a value from 1 to 1e15, such as 10000")
@@ -91,12 +103,19 @@ class Block(nn.Module):
     def __init__(self, letter: str, config: HydraConfig):
         super().__init__()
         self.alpha = KINDS[letter].alpha
+        self.learned = config.alpha == "learned"
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = KINDS[letter].make(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.mlp_hidden)
+        if self.learned:
+            self.attn_scale = ResidualScale(config.dim, self.alpha)
+            self.mlp_scale = ResidualScale(config.dim, 1.0)
 
     def forward(self, x_BTD: Tensor, ctx: Context, state: LayerState | None = None) -> Tensor:
+        if self.learned:
+            x_BTD = self.attn_scale(x_BTD, self.attn(self.attn_norm(x_BTD), ctx, state))
+            return self.mlp_scale(x_BTD, self.mlp(self.mlp_norm(x_BTD)))
         x_BTD = x_BTD + self.alpha * self.attn(self.attn_norm(x_BTD), ctx, state)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 

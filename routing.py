@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Context, LayerState, document_masks
+from attention import Context, LayerState
+from machine import document_masks
 
 ROWS = 64  # a prefill rounds its counts up to this, so that few shapes occur
 AUX_DEPTHS, AUX_RECURSIONS = 0.01, 1e-3  # weights of the auxiliary losses of the two papers

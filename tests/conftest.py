@@ -9,6 +9,19 @@ torch.set_num_threads(1)
 torch._inductor.config.fx_graph_cache = False
 
 
+# Every letter with what makes a comparison fair, CCQA without its parts and in the form of its authors' model, and all
+# options in one model. Tests of the invariants take these beside the plain letters.
+FAIR = [
+    *({"pattern": p, "qk_norm": True, "short_conv": 3} for p in "AGL"),
+    {"pattern": "M", "qk_norm": True, "short_conv": 3, "window": 5}, {"pattern": "L", "qk_norm": True},
+    {"pattern": "L", "short_conv": 4, "rope_fraction": 0.5}, {"pattern": "A", "short_conv": 1, "rope_fraction": 0.0},
+    {"pattern": "G", "qk_norm": True, "k_temperature": False, "rope_fraction": 0.5, "pre_out_norm": False},
+    {"pattern": "C", "ccqa_norm": False}, {"pattern": "C", "k_temperature": False},
+    {"pattern": "C", "conv_kernel": 2, "qk_gain": 0.5, "rope_fraction": 0.5, "alpha": "learned", "pre_out_norm": False},
+    {"pattern": "MMCCCLML", "qk_norm": True, "short_conv": 3, "rope_fraction": 0.5, "alpha": "learned", "window": 6},
+]  # fmt: skip
+
+
 def write_folder(root, files):
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -52,20 +52,32 @@ def router_count(c: HydraConfig) -> tuple[int, int]:
     return (c.n_layer // 2 if c.mod_capacity else 0), c.mor_recursions - 1
 
 
+def short_channels(c: HydraConfig, letter: str) -> int:
+    """Channels of the short convolution: all queries, keys and values, or MLA's latent; CCQA has none."""
+    if letter in "AGM":
+        return c.dim + 2 * kv_heads(c, letter) * (c.dim // c.n_head)
+    return latent(c) if letter == "L" else 0
+
+
 def attention_params(c: HydraConfig, letter: str) -> int:
     """Parameters of one attention, its pre-out norm included, the block's norms not."""
     D = c.dim
+    options = short_channels(c, letter) * c.short_conv  # its filters, temperatures, less the norm that is left out
+    if letter != "C" and c.qk_norm and c.k_temperature:
+        options += c.n_head if letter == "L" else kv_heads(c, letter)
+    if not c.pre_out_norm:
+        options -= score_width(c, letter)
     if letter in "AGM":
-        return 2 * D * D + 2 * D * kv_heads(c, letter) * (D // c.n_head) + D
+        return 2 * D * D + 2 * D * kv_heads(c, letter) * (D // c.n_head) + D + options
     if letter == "C":
         H, G, K = ccqa_heads(c)
         L = H * K
         kappa = G * K
         convolutions = c.conv_kernel * (L + kappa) * (1 + K)
-        return 2 * D * L + 2 * D * kappa + convolutions + G + L
+        return 2 * D * L + 2 * D * kappa + convolutions + G * c.k_temperature + L + options
     assert letter == "L"
     R = latent(c)
-    return 2 * D * R + R * (2 * R + R // 2 + R // c.n_head // 2) + 2 * R
+    return 2 * D * R + R * (2 * R + R // 2 + R // c.n_head // 2) + 2 * R + options
 
 
 def count_params(c: HydraConfig) -> int:
@@ -73,16 +85,19 @@ def count_params(c: HydraConfig) -> int:
     total = (c.vocab_size + 1 + sum(router_count(c))) * c.dim
     for letter in c.layers:
         total += attention_params(c, letter) + 3 * c.dim * c.mlp_hidden + 2 * c.dim
+        if c.alpha == "learned":  # scales and biases of both lines and of what is added to them
+            total += 8 * c.dim
     return total
 
 
 def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
     """Forward FLOPs of one attention per token, two a multiply-add, over the causal mean of T/2 keys."""
     D = c.dim
+    short = 2 * short_channels(c, letter) * c.short_conv
     if letter in "AGM":
         W = window(c, letter)
         keys = W * (1 - W / (2 * T)) if 0 < W < T else T / 2
-        return 4 * D * D + 4 * D * kv_heads(c, letter) * (D // c.n_head) + 4 * keys * D
+        return 4 * D * D + 4 * D * kv_heads(c, letter) * (D // c.n_head) + 4 * keys * D + short
     if letter == "C":
         H, G, K = ccqa_heads(c)
         L = H * K
@@ -90,7 +105,7 @@ def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
         return 4 * D * L + 4 * D * kappa + 2 * c.conv_kernel * (L + kappa) * (1 + K) + 2 * T * L
     assert letter == "L"
     R = latent(c)
-    return 4 * D * R + 2 * R * (2 * R + R // 2 + R // c.n_head // 2) + 2 * T * R
+    return 4 * D * R + 2 * R * (2 * R + R // 2 + R // c.n_head // 2) + 2 * T * R + short
 
 
 def router_flops(c: HydraConfig, T: int) -> int:
@@ -113,6 +128,7 @@ def torch_flops(c: HydraConfig, T: int) -> float:
     total = T * flops_per_token(c, T) - router_flops(c, T)
     for letter, tokens in layer_tokens(c, T):
         total += tokens * 2 * tokens * score_width(c, letter)
+        total -= tokens * 2 * short_channels(c, letter) * c.short_conv
         if letter == "C":
             H, G, K = ccqa_heads(c)
             total -= tokens * 2 * c.conv_kernel * (H + G) * K
@@ -120,14 +136,15 @@ def torch_flops(c: HydraConfig, T: int) -> float:
 
 
 def state_values(c: HydraConfig, letter: str) -> int:
-    """Values that decoding keeps per past token in one layer: keys and values, or MLA's latent and shared rope key."""
+    """Values that decoding keeps per past token in one layer: keys and values, or MLA's latent and shared rope key, and
+    with qk_norm a factor for the key of each head."""
     if letter in "AGM":
         return 2 * kv_heads(c, letter) * (c.dim // c.n_head)
     if letter == "C":
         _, G, K = ccqa_heads(c)
         return 2 * G * K
     assert letter == "L"
-    return latent(c) + latent(c) // c.n_head // 2
+    return latent(c) + latent(c) // c.n_head // 2 + c.qk_norm * c.n_head
 
 
 def kv_bytes(c: HydraConfig, T: int, itemsize: int = 2, allocated: bool = False) -> int:
@@ -141,9 +158,12 @@ def kv_bytes(c: HydraConfig, T: int, itemsize: int = 2, allocated: bool = False)
 
 
 def tail_bytes(c: HydraConfig, itemsize: int = 2) -> int:
-    """Bytes of CCQA's constant tails of one text: 2*(conv_kernel-1) rows of q and k, one row of shifted values."""
+    """Bytes of the constant tails of one text: CCQA's 2*(conv_kernel-1) rows of q and k and one row of shifted values,
+    the others' short_conv-1 projected rows."""
     values = 0
-    for _ in range(c.mor_recursions * c.layers.count("C")):
-        H, G, K = ccqa_heads(c)
-        values += 2 * max(0, c.conv_kernel - 1) * (H + G) * K + c.value_shift * G * K // 2
+    for letter in c.mor_recursions * c.layers:
+        values += max(0, c.short_conv - 1) * short_channels(c, letter)
+        if letter == "C":
+            H, G, K = ccqa_heads(c)
+            values += 2 * max(0, c.conv_kernel - 1) * (H + G) * K + c.value_shift * G * K // 2
     return itemsize * values

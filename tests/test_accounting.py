@@ -13,6 +13,7 @@ from pathlib import Path
 import formulas
 import pytest
 import torch
+from conftest import FAIR
 from test_train import TINY
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -42,10 +43,11 @@ ALL = "AGMLCC"  # routers, where there are any, stand before a G, an L and a C
 SHAPES = [(ALL, changes) for changes in [*CHANGES, *ROUTED]]
 for one in formulas.LETTERS:
     SHAPES += [(one, {}), (one, ROUTED[-1])]
+SHAPES += [(fair["pattern"], fair) for fair in FAIR] + [(ALL, FAIR[-1] | ROUTED[-1] | {"pattern": ALL})]
 every_shape = pytest.mark.parametrize("pattern, changes", SHAPES, ids=str)
 
 
-def shape(pattern=ALL, **changes) -> HydraConfig:
+def shape(pattern=ALL, /, **changes) -> HydraConfig:
     return HydraConfig(**SHAPE | {"pattern": pattern, "n_layer": max(3, len(pattern))} | changes)
 
 
@@ -252,8 +254,8 @@ def allocated_peak(config: HydraConfig, B: int, T: int, mixed: bool, recompute: 
 PLANNED = [*((letter, {}, {}) for letter in KINDS), ("M", {"window": 8}, {}), (ALL, {"mod_capacity": 0.25}, {}),
            (ALL, {"mod_capacity": 0.5, "mor_recursions": 3}, {}), (ALL, {}, {"mixed": True}),
            (ALL, {}, {"recompute": True}), (ALL, {"mod_capacity": 0.5}, {"recompute": True, "mixed": True}),
-           (ALL, {}, {"forwards": 2}), ("C", {"vocab_size": 400_000}, {}),
-           ("C", {"vocab_size": 400_000}, {"mixed": True})]  # fmt: skip
+           (ALL, {}, {"forwards": 2}), (ALL, FAIR[-1] | {"pattern": ALL}, {"mixed": True}),
+           ("C", {"vocab_size": 400_000}, {}), ("C", {"vocab_size": 400_000}, {"mixed": True})]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern, changes, how", PLANNED, ids=str)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import FAIR
 from torch._dynamo.testing import AotEagerAndRecordGraphs
 from torch.nn.attention import flex_attention as flex_module
 
@@ -21,10 +22,10 @@ SHAPE = dict(vocab_size=61, block_size=64, dim=64, n_head=4, n_kv_head=2, n_laye
              mlp_ratio=1.0)  # fmt: skip
 
 
-def build(letter: str, **changes):
+def build(pattern: str, **changes):
     """A layer in fp64 with every parameter away from its start, and a text of 11 vectors."""
     torch.manual_seed(0)
-    config = HydraConfig(**SHAPE | {"pattern": letter} | changes)
+    config = HydraConfig(**SHAPE | {"pattern": pattern} | changes)
     net = Hydra(config).double()
     layer = net.blocks[0].attn
     with torch.no_grad():
@@ -39,15 +40,46 @@ def rms(v, gain=None, *, eps):
     return v if gain is None else v * gain
 
 
-def rotate(v, t, theta):
-    """RoPE of one vector at position t, pair by pair (channel i with i + K/2)."""
+def rotate(v, t, c):
+    """RoPE of one vector at position t, pair by pair (channel i with i + n/2) of its first n channels."""
     out = v.clone()
-    half = len(v) // 2
+    turning = round(len(v) * c.rope_fraction)
+    half = turning // 2
     for i in range(half):
-        angle = t * theta ** (-2 * i / len(v))
+        angle = t * c.rope_theta ** (-2 * i / turning)
         out[i] = v[i] * math.cos(angle) - v[i + half] * math.sin(angle)
         out[i + half] = v[i + half] * math.cos(angle) + v[i] * math.sin(angle)
     return out
+
+
+def short_convolved(layer, rows, c):
+    """Of projected rows, a list of vectors: channel by channel each row's taps back, the last tap at the row."""
+    if not c.short_conv:
+        return rows
+    filters = layer.short_conv.weight
+    assert filters.shape == (len(rows[0]), c.short_conv)
+    out = []
+    for t in range(len(rows)):
+        total = torch.zeros_like(rows[t])
+        for i in range(c.short_conv):
+            if t - i >= 0:
+                total = total + filters[:, c.short_conv - 1 - i] * rows[t - i]
+        out.append(total)
+    return out
+
+
+def query_and_key(layer, q, k, g, normed, c):
+    """With and without QK-norm and the temperature of key g."""
+    if normed:
+        q, k = rms(q, eps=c.norm_eps), rms(k, eps=c.norm_eps)
+    if c.k_temperature and (normed or c.pattern == "C"):
+        k = k * layer.k_temperature[g]
+    return q, k
+
+
+def merged(layer, heads, c):
+    y = torch.cat(heads)
+    return layer.out.weight @ (rms(y, layer.norm.weight, eps=c.norm_eps) if c.pre_out_norm else y)
 
 
 def softmax_read(q, keys, values):
@@ -57,20 +89,23 @@ def softmax_read(q, keys, values):
 
 def reference_gqa(layer, x, c, window):
     H, G, K = layer.n_head, layer.n_kv_head, layer.head_width
-    theta = c.rope_theta
-    W = layer.qkv.weight
-    Wq, Wk, Wv = W[: H * K].view(H, K, -1), W[H * K : (H + G) * K].view(G, K, -1), W[(H + G) * K :].view(G, K, -1)
     out = torch.zeros_like(x)
     for b in range(x.size(0)):
+        projected = short_convolved(layer, [layer.qkv.weight @ row for row in x[b]], c)
+        q = [row[: H * K].view(H, K) for row in projected]
+        k = [row[H * K : (H + G) * K].view(G, K) for row in projected]
+        v = [row[(H + G) * K :].view(G, K) for row in projected]
         for t in range(x.size(1)):
             first = max(0, t - window + 1) if window else 0
             heads = []
             for h in range(H):
                 g = h * G // H
-                keys = [rotate(Wk[g] @ x[b, s], s, theta) for s in range(first, t + 1)]
-                values = [Wv[g] @ x[b, s] for s in range(first, t + 1)]
-                heads.append(softmax_read(rotate(Wq[h] @ x[b, t], t, theta), keys, values))
-            out[b, t] = layer.out.weight @ rms(torch.cat(heads), layer.norm.weight, eps=c.norm_eps)
+                keys = []
+                for s in range(first, t + 1):
+                    query, key = query_and_key(layer, q[t][h], k[s][g], g, c.qk_norm, c)
+                    keys.append(rotate(key, s, c))
+                heads.append(softmax_read(rotate(query, t, c), keys, [v[s][g] for s in range(first, t + 1)]))
+            out[b, t] = merged(layer, heads, c)
     return out
 
 
@@ -79,7 +114,6 @@ def reference_ccqa(layer, x, c):
     L = c.dim // c.compression
     kappa = G * K
     taps = c.conv_kernel
-    eps = c.norm_eps
     W = layer.down.weight
     Wq, Wk, Wv = W[:L], W[L : L + kappa], W[L + kappa :]
     out = torch.zeros_like(x)
@@ -111,13 +145,14 @@ def reference_ccqa(layer, x, c):
             m_q = [c.qk_gain * (qh[h] + kg[h * G // H]) for h in range(H)]
             m_k = [sum(m_q[h] for h in range(H) if h * G // H == g) / (H // G) for g in range(G)]
             uq, uk = u[t][:L].view(H, K), u[t][L:].view(G, K)
-            queries.append([rotate(rms(uq[h] + m_q[h], eps=eps), t, c.rope_theta) for h in range(H)])
-            normed = [rms(uk[g] + m_k[g], eps=eps) * layer.k_temperature[g] for g in range(G)]
-            keys.append([rotate(normed[g], t, c.rope_theta) for g in range(G)])
+            pairs = [query_and_key(layer, uq[h] + m_q[h], uk[h * G // H] + m_k[h * G // H], h * G // H, c.ccqa_norm, c)
+                     for h in range(H)]
+            queries.append([rotate(query, t, c) for query, _ in pairs])
+            keys.append([rotate(pairs[g * H // G][1], t, c) for g in range(G)])
         for t in range(T):
             heads = [softmax_read(queries[t][h], [keys[s][h * G // H] for s in range(t + 1)],
                                   [values[s][h * G // H] for s in range(t + 1)]) for h in range(H)]
-            out[b, t] = layer.out.weight @ rms(torch.cat(heads), layer.norm.weight, eps=c.norm_eps)
+            out[b, t] = merged(layer, heads, c)
     return out
 
 
@@ -128,22 +163,29 @@ def reference_mla(layer, x, c):
     Wq, Wkr, Wuk, Wuv = layer.up.weight.split((R, K // 2, R // 2, R))
     out = torch.zeros_like(x)
     for b in range(x.size(0)):
-        latent = [rms(layer.down.weight @ x[b, t], layer.latent_norm.weight, eps=c.norm_eps) for t in range(x.size(1))]
+        down = short_convolved(layer, [layer.down.weight @ row for row in x[b]], c)
+        latent = [rms(row, layer.latent_norm.weight, eps=c.norm_eps) for row in down]
         for t in range(x.size(1)):
             heads = []
             for h in range(H):
-                q = Wq[h * K : (h + 1) * K] @ latent[t]
-                q = torch.cat((q[: K // 2], rotate(q[K // 2 :], t, c.rope_theta)))
-                k_rope = [rotate(Wkr @ latent[s], s, c.rope_theta) for s in range(t + 1)]
-                keys = [torch.cat((Wuk[h * K // 2 : (h + 1) * K // 2] @ latent[s], k_rope[s])) for s in range(t + 1)]
+                keys = []
+                for s in range(t + 1):  # normed as a whole, then rotated
+                    k = torch.cat((Wuk[h * K // 2 : (h + 1) * K // 2] @ latent[s], Wkr @ latent[s]))
+                    q, k = query_and_key(layer, Wq[h * K : (h + 1) * K] @ latent[t], k, h, c.qk_norm, c)
+                    keys.append(torch.cat((k[: K // 2], rotate(k[K // 2 :], s, c))))
+                q = torch.cat((q[: K // 2], rotate(q[K // 2 :], t, c)))
                 heads.append(softmax_read(q, keys, [Wuv[h * K : (h + 1) * K] @ latent[s] for s in range(t + 1)]))
-            out[b, t] = layer.out.weight @ rms(torch.cat(heads), layer.norm.weight, eps=c.norm_eps)
+            out[b, t] = merged(layer, heads, c)
     return out
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("letter, window", [("A", 0), ("G", 0), ("M", 0), ("M", 1), ("M", 3), ("M", 20)])
-@pytest.mark.parametrize("changes", [{}, {"rope_theta": 50.0, "norm_eps": 0.3}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, {"rope_theta": 50.0, "norm_eps": 0.3}, {"qk_norm": True, "norm_eps": 0.1}, {"short_conv": 4},
+    {"qk_norm": True, "k_temperature": False}, {"rope_fraction": 0.5, "pre_out_norm": False}, {"rope_fraction": 0.0},
+    {"qk_norm": True, "short_conv": 2, "rope_fraction": 0.25},
+], ids=str)  # fmt: skip
 def test_mha_gqa_mqa_equal_the_reference(letter, window, changes):
     layer, x, ctx, config = build(letter, window=window, **changes)
     torch.testing.assert_close(layer(x, ctx), reference_gqa(layer, x, config, window), rtol=1e-5, atol=2e-6)
@@ -154,7 +196,9 @@ def test_mha_gqa_mqa_equal_the_reference(letter, window, changes):
     {}, {"compression": 4}, {"compression": 8, "n_kv_head": 4}, {"conv_kernel": 0}, {"conv_kernel": 1},
     {"conv_kernel": 2}, {"qk_gain": 0.0}, {"qk_gain": 0.5}, {"value_shift": False}, {"n_kv_head": 1},
     {"latent_head_dim": 16}, {"latent_head_dim": 4}, {"conv_kernel": 0, "qk_gain": 0.0, "value_shift": False},
-    {"rope_theta": 50.0, "norm_eps": 0.3}, {"latent_head_dim": -1},
+    {"rope_theta": 50.0, "norm_eps": 0.3}, {"latent_head_dim": -1}, {"ccqa_norm": False}, {"k_temperature": False},
+    {"rope_fraction": 0.5, "pre_out_norm": False}, {"rope_fraction": 0.0},
+    {"ccqa_norm": False, "k_temperature": False, "conv_kernel": 0, "qk_gain": 0.0, "value_shift": False},
 ], ids=str)  # fmt: skip
 def test_ccqa_equals_the_reference(changes):
     layer, x, ctx, config = build("C", **changes)
@@ -163,7 +207,10 @@ def test_ccqa_equals_the_reference(changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{"latent_ratio": 0.25}, {"latent_ratio": 0.5}, {"latent_ratio": 1.0},
-                                     {"rope_theta": 50.0, "norm_eps": 0.3}], ids=str)  # fmt: skip
+                                     {"rope_theta": 50.0, "norm_eps": 0.3}, {"qk_norm": True, "norm_eps": 0.1},
+                                     {"qk_norm": True, "k_temperature": False}, {"short_conv": 4},
+                                     {"rope_fraction": 0.5, "pre_out_norm": False}, {"rope_fraction": 0.0},
+                                     {"qk_norm": True, "short_conv": 2, "rope_fraction": 0.5}], ids=str)  # fmt: skip
 def test_mla_equals_the_reference(changes):
     layer, x, ctx, config = build("L", **changes)
     torch.testing.assert_close(layer(x, ctx), reference_mla(layer, x, config), rtol=1e-5, atol=2e-6)
@@ -203,10 +250,10 @@ def test_windowed_sdpa_equals_a_masked_reference(T, window, dtype):
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("letter", KINDS)
-def test_every_variant_runs_on_the_fused_kernel(letter, dtype, grad):
+@pytest.mark.parametrize("changes", [*({"pattern": letter} for letter in KINDS), *FAIR[:-1]], ids=str)
+def test_every_variant_runs_on_the_fused_kernel(changes, dtype, grad):
     """SDPA falls back to its slow math silently, for unequal widths or heads that are not dense: here it raises."""
-    layer, x, ctx, _ = build(letter)
+    layer, x, ctx, _ = build(**changes)
     fused = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16), fused:
         y = layer.float()(x.float().requires_grad_(grad), ctx)
@@ -264,12 +311,13 @@ def test_compiled_flex_equals_sdpa_on_a_cpu():
     torch.testing.assert_close(compiled(q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("letter, window", [("M", 8), ("C", 0), ("L", 0)])
-def test_the_flex_road_is_one_graph_with_gradients_equal_to_sdpa(letter, window, monkeypatch):
+@pytest.mark.parametrize("changes", [{"pattern": "M", "window": 8}, {"pattern": "C"}, {"pattern": "L"}, FAIR[2],
+                                     FAIR[3], FAIR[-2]], ids=str)  # fmt: skip
+def test_the_flex_road_is_one_graph_with_gradients_equal_to_sdpa(changes, monkeypatch):
     """The road that CUDA takes, traced forward and backward on a CPU with FlexAttention's device check patched away."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
     monkeypatch.setattr(machine, "flex_problem", lambda *_: "")
-    config = HydraConfig(**SHAPE | {"pattern": letter, "window": window})
+    config = HydraConfig(**SHAPE | changes)
     torch.manual_seed(0)
     reference = Hydra(config)
     torch._dynamo.reset()
@@ -348,14 +396,15 @@ def test_help_has_a_line_for_each_letter():
         assert line.endswith(kind.text) and len(kind.text) > 3
 
 
-@pytest.mark.parametrize("letter", KINDS)
-def test_every_letter_offers_what_the_interface_says(letter):
-    config = HydraConfig(**SHAPE | {"pattern": letter})
-    attn = KINDS[letter].make(config)
+@pytest.mark.parametrize("changes", [*({"pattern": letter} for letter in KINDS), *FAIR[:-1]], ids=str)
+def test_every_letter_offers_what_the_interface_says(changes):
+    config = HydraConfig(**SHAPE | changes)
+    attn = KINDS[config.pattern].make(config)
     assert isinstance(attn, attention.Attention)
-    for name in ("head_width", "rope_width", "score_width"):
+    for name in ("head_width", "score_width"):
         assert getattr(attn, name) > 0, name
-    assert attn.rope_width % 2 == 0 and attn.rope_width <= attn.head_width
+    assert attn.rope_width % 2 == 0 and 0 <= attn.rope_width <= attn.head_width
+    assert (attn.rope_width == 0) == (config.rope_fraction == 0)
     assert attn.out.out_features == config.dim
     for name in attn.vectors:
         assert isinstance(getattr(attn, name), torch.nn.Parameter)
@@ -364,7 +413,7 @@ def test_every_letter_offers_what_the_interface_says(letter):
     for B, S in ((1, 1), (3, 9)):
         for name, t in attn.new_state(B, S, torch.zeros((), dtype=torch.bfloat16)).items():
             assert t.size(0) == B and t.dtype == torch.bfloat16 and not t.any(), name
-            assert name.endswith("tail") or t.size(1) == S, name
+            assert name.endswith("tail") or t.size(1) == min(S, attn.window or S), name
 
 
 def test_the_interface_leaves_nothing_out_silently():
@@ -373,6 +422,48 @@ def test_the_interface_leaves_nothing_out_silently():
         bare.new_state(1, 2, torch.zeros(()))
     with pytest.raises(NotImplementedError):
         bare(torch.zeros(1, 1, 4), make_context(torch.arange(1), {4}, 1e4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("letter", "AGML")
+def test_a_short_convolution_starts_as_none_and_qk_norm_bounds_the_scores(letter):
+    config = HydraConfig(**SHAPE | {"pattern": letter})
+    plain = Hydra(config)
+    x = torch.randn(2, 11, 64) * 10
+    ctx = plain.context(torch.arange(11))
+    short = Hydra(replace(config, short_conv=4))
+    assert not short.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    assert torch.equal(short.blocks[0].attn(x, ctx), plain.blocks[0].attn(x, ctx))
+    normed = Hydra(replace(config, qk_norm=True)).blocks[0].attn
+    for p in (normed.down if letter == "L" else normed.qkv).parameters():
+        p.mul_(1000)
+    seen = []
+
+    def spy(q, k, v, *args, **keys):
+        seen.append((q.norm(dim=-1), k.norm(dim=-1)))
+        return attend(q, k, v, *args, **keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attend", spy)
+        normed.k_temperature.copy_(torch.arange(1, len(normed.k_temperature) + 1))
+        normed(x, ctx)
+    ((q, k),) = seen  # norms of sqrt(K), keys times their temperature
+    root = math.sqrt(normed.head_width)
+    torch.testing.assert_close(q, torch.full_like(q, root), rtol=1e-3, atol=0)
+    torch.testing.assert_close(k, (root * normed.k_temperature).expand_as(k), rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 2, 11])
+@pytest.mark.parametrize("taps", [1, 3, 5])
+def test_both_forms_of_the_short_convolution(taps, T):
+    """The slices of one padded text, and the moved ones that a GPU and documents take."""
+    conv = attention.ShortConv(6, taps)
+    conv.weight.normal_()
+    x = torch.randn(2, T, 6)
+    ctx = make_context(torch.arange(T), {4}, 1e4)
+    one = ctx._replace(doc=torch.zeros(2, T, dtype=torch.long))
+    torch.testing.assert_close(conv(x, one, None), conv(x, ctx, None))
 
 
 @pytest.mark.parametrize("T", [1, 2, 11])
@@ -432,10 +523,10 @@ def test_the_core_is_causal(T, window, heads, dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [0, 3])
-@pytest.mark.parametrize("letter", KINDS)
-def test_every_letter_is_causal(letter, window):
-    layer, x, ctx, _ = build(letter, window=window)
+@pytest.mark.parametrize("changes", [*({"pattern": letter, "window": window} for letter in KINDS for window in (0, 3)),
+                                     *FAIR[:-1]], ids=str)  # fmt: skip
+def test_every_letter_is_causal(changes):
+    layer, x, ctx, _ = build(**changes)
     layer.float()
     x = x.float()
     expected = layer(x, ctx)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAIR
 from torch import Tensor
 
 import layers
@@ -49,9 +50,10 @@ CASES = {
     "MoR": {"pattern": "MCL", "n_layer": 3, "mor_recursions": 3},
     "MoD in MoR": {"pattern": "LC", "mod_capacity": 0.5, "mor_recursions": 2},
     "hybrid": {"pattern": "MMCCCLML", "n_layer": 8},
+    "fair": FAIR[-1] | {"pattern": "AGMLC", "n_layer": 5},
 }
 every_case = pytest.mark.parametrize("case", CASES)
-some_cases = pytest.mark.parametrize("case", ["hybrid", "MoD", "MoR"])
+some_cases = pytest.mark.parametrize("case", ["hybrid", "MoD", "MoR", "fair"])
 RUN = [*(f"--{name}={value}" for name, value in SHAPE.items()), "--n_layer=8", "--tokenizer=bytes", "--batch_size=4",
        f"--data={ROOT / 'config' / 'python4096.tiktoken'}", f"--device={DEVICE}", "--eval_iters=2", "--log_interval=1",
        "--final_eval_iters=4", "--sample_tokens=4", "--learning_rate=1e-2", "--warmup_iters=20"]  # fmt: skip

@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+from conftest import FAIR
 from tape import Tape, listed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -39,7 +40,7 @@ VARIANTS = [
                                      {"conv_kernel": 1}, {"conv_kernel": 2}, {"conv_kernel": 5}, {"value_shift": False},
                                      {"qk_gain": 0.0}, {"latent_head_dim": 4},
                                      {"conv_kernel": 0, "value_shift": False})),
-    {"pattern": "L", "latent_ratio": 0.25}, {"pattern": "MMCCCLML", "window": 6},
+    {"pattern": "L", "latent_ratio": 0.25}, {"pattern": "MMCCCLML", "window": 6}, *FAIR,
 ]  # fmt: skip
 
 
@@ -178,9 +179,10 @@ def test_static_states_have_a_power_of_two_of_slots():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
-def test_packed_weights_give_the_same_logits(dtype, autocast):
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "short_conv": 3}], ids=str)
+def test_packed_weights_give_the_same_logits(dtype, autocast, changes):
     """Under autocast too, which then has no say; and where this CPU cannot pack, the plain weights do."""
-    net = make(pattern="AGMCL").to(dtype)
+    net = make(pattern="AGMCL", **changes).to(dtype)
     text = tokens(2, 9)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = net(text).logits[:, -1].float()
@@ -283,7 +285,7 @@ def taped(monkeypatch) -> list[int]:
 CAPTURED = [
     *({"pattern": p} for p in KINDS), {"window": 6}, {"pattern": "C", "conv_kernel": 0, "value_shift": False},
     {"mod_capacity": 0.5}, {"mor_recursions": 3, "n_layer": 2}, {"mor_recursions": 2, "mod_capacity": 0.3},
-    {"pattern": "M", "window": 3, "mod_capacity": 0.5},
+    {"pattern": "M", "window": 3, "mod_capacity": 0.5}, FAIR[3], FAIR[-1] | {"mod_capacity": 0.5},
 ]  # fmt: skip
 
 
@@ -509,7 +511,7 @@ def test_a_state_in_use_is_refused(static):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{"pattern": "A"}, {}, {"pattern": "M", "window": 6}], ids=str)
+@pytest.mark.parametrize("changes", [{"pattern": "A"}, {}, {"pattern": "M", "window": 6}, FAIR[-1]], ids=str)
 def test_prefill_and_decode_are_one_graph_each(changes, monkeypatch):
     """However long the text grows; prompts and states are padded to powers of two, so that few shapes exist."""
     torch._dynamo.reset()

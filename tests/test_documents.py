@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import FAIR
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch.nn.attention import flex_attention as flex_module
 
@@ -14,9 +15,10 @@ import machine
 import model as model_module
 import sample
 import train
-from attention import KINDS, document_mask, documents
+from attention import KINDS, documents
 from configurator import UserError
 from generate import decode, generate, new_state, prefill
+from machine import document_mask
 from model import Hydra, HydraConfig
 
 END = 96
@@ -24,9 +26,10 @@ SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, compre
              mlp_ratio=1.0, doc_mask=True)  # fmt: skip
 DENSE = [*({"pattern": p} for p in (*KINDS, "MMCCCLML")), {"pattern": "M", "window": 5},
          {"pattern": "MMCCCLML", "window": 3}, {"pattern": "C", "conv_kernel": 5}, {"pattern": "C", "conv_kernel": 0},
-         {"pattern": "C", "conv_kernel": 1}, {"pattern": "C", "value_shift": False}]  # fmt: skip
+         {"pattern": "C", "conv_kernel": 1}, {"pattern": "C", "value_shift": False}, *FAIR]  # fmt: skip
 ROUTED = [{"pattern": "MCLM", "mod_capacity": 0.5, "window": 4}, {"pattern": "MCL", "mor_recursions": 3, "window": 4},
-          {"pattern": "LMMCCL", "mod_capacity": 0.5, "mor_recursions": 2}]  # fmt: skip
+          {"pattern": "LMMCCL", "mod_capacity": 0.5, "mor_recursions": 2},
+          FAIR[-1] | {"pattern": "LMC", "mod_capacity": 0.5, "mor_recursions": 2}]  # fmt: skip
 # rows of the batch below by the lengths of their documents, each closed by END but for a row's last one
 LENGTHS = [[1, 9, 1, 1, 7, 21], [40], [17, 20, 3]]
 
@@ -172,7 +175,8 @@ def test_recomputed_blocks_keep_the_documents():
 
 @pytest.mark.parametrize("changes", [{"pattern": "MC", "n_layer": 2, "window": 5}, {"pattern": "ML", "n_layer": 2},
                                      {"pattern": "CM", "n_layer": 2, "mod_capacity": 0.5, "window": 5},
-                                     {"pattern": "MC", "n_layer": 2, "mor_recursions": 2, "mod_capacity": 0.5}],
+                                     {"pattern": "MC", "n_layer": 2, "mor_recursions": 2, "mod_capacity": 0.5},
+                                     FAIR[-1] | {"pattern": "ML", "n_layer": 2}],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("backend", ["flex", "sdpa"])
 def test_compiled_blocks_are_compiled_once_and_equal_the_plain_ones(backend, changes, monkeypatch):

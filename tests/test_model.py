@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAIR
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import layers
 from attention import KINDS, ccqa_heads
 from configurator import UserError
+from layers import ResidualScale
 from model import Hydra, HydraConfig, Output
 from train import TrainConfig, make_optimizer
 
@@ -20,7 +22,7 @@ SHAPE = dict(vocab_size=97, block_size=64, dim=64, n_head=4, n_kv_head=2, compre
              mlp_ratio=1.0)  # fmt: skip
 SMALL = dict(dim=768, n_head=12, n_kv_head=3)
 PATTERNS = [*KINDS, "MMCCCLML"]
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+every_shape = pytest.mark.parametrize("changes", [*({"pattern": pattern} for pattern in PATTERNS), *FAIR], ids=str)
 
 
 def make(pattern="MMCCCLML", **changes) -> Hydra:
@@ -38,9 +40,9 @@ def batch(B=2, T=40, seed=0):
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 8])
-@every_pattern
-def test_the_future_never_changes_the_past(pattern, window):
-    net = make(pattern, window=window).eval()
+@every_shape
+def test_the_future_never_changes_the_past(changes, window):
+    net = make(**{"window": window} | changes).eval()
     idx, targets = batch()
     logits = net(idx, targets).logits
     for t in (0, 1, 2, 17, 38):
@@ -80,9 +82,9 @@ def test_every_earlier_token_can_matter(pattern):
 # ---- 3 initialisation, groups, gradients
 
 
-@every_pattern
-def test_every_parameter_is_initialised_by_its_role(pattern):
-    net = make(pattern)
+@every_shape
+def test_every_parameter_is_initialised_by_its_role(changes):
+    net = make(**changes)
     with torch.no_grad():
         for p in net.parameters():
             p.fill_(math.nan)
@@ -90,9 +92,13 @@ def test_every_parameter_is_initialised_by_its_role(pattern):
     for name, p in net.named_parameters():
         assert p.isfinite().all(), name
         role = name.rsplit(".", 2)[-2] if name.endswith(".weight") else name.rsplit(".", 1)[-1]
-        if role == "conv_depthwise":
+        if role in ("conv_depthwise", "short_conv"):
             assert torch.equal(p[:, -1], torch.ones(len(p))) and not p[:, :-1].any(), name
-        elif role.endswith("norm") or role == "k_temperature":
+        elif role in ("line_bias", "layer_bias"):
+            assert not p.any(), name
+        elif role == "layer_scale":
+            assert (p == (1.0 if "mlp" in name else net.blocks[int(name.split(".")[1])].alpha)).all(), name
+        elif role.endswith("norm") or role in ("k_temperature", "line_scale"):
             assert torch.equal(p, torch.ones_like(p)), name
         else:
             residual = name.endswith((".attn.out.weight", ".mlp.down.weight"))
@@ -110,18 +116,19 @@ def test_a_parameter_without_an_initialisation_is_refused_by_its_name():
         net.init_weights()
 
 
-@every_pattern
-def test_every_parameter_is_in_one_group_and_gets_a_gradient(pattern):
-    net = make(pattern)
+@every_shape
+def test_every_parameter_is_in_one_group_and_gets_a_gradient(changes):
+    net = make(**changes)
     decayed, plain = make_optimizer(net, TrainConfig(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     ids = [id(p) for group in (decayed, plain) for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in net.parameters())
     names = {id(p): n for n, p in net.named_parameters()}
+    filters = ("conv_depthwise", "short_conv.weight")
     for p in plain["params"]:
-        assert p.dim() < 2 or names[id(p)].endswith("conv_depthwise"), names[id(p)]
+        assert p.dim() < 2 or names[id(p)].endswith(filters), names[id(p)]
     for p in decayed["params"]:
-        assert p.dim() >= 2 and not names[id(p)].endswith("conv_depthwise"), names[id(p)]
+        assert p.dim() >= 2 and not names[id(p)].endswith(filters), names[id(p)]
     net(*batch()).loss.backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
@@ -146,12 +153,29 @@ def test_residual_lines_are_scaled(letter):
     torch.testing.assert_close(block(x, ctx), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"mod_capacity": 0.5, "mor_recursions": 2}], ids=str)
+def test_learned_scales_start_as_the_fixed_ones(changes):
+    plain = make(**changes)
+    learned = make(alpha="learned", **changes)
+    scales = {name for name, _ in learned.named_parameters() if "_scale." in name}
+    assert set(learned.load_state_dict(plain.state_dict(), strict=False).missing_keys) == scales
+    assert len(scales) == 8 * len(plain.blocks)
+    torch.testing.assert_close(learned(*batch()).logits, plain(*batch()).logits)
+    scale = ResidualScale(64, 0.5)
+    for p in scale.parameters():
+        p.normal_()
+    x, y = torch.randn(2, 5, 64)
+    expected = (x + scale.line_bias) * scale.line_scale + (y + scale.layer_bias) * scale.layer_scale
+    torch.testing.assert_close(scale(x, y), expected)
+
+
 # ---- 4 the loss
 
 
-@every_pattern
-def test_initial_loss_is_log_vocab(pattern):
-    loss = make(pattern)(*batch(8)).loss
+@every_shape
+def test_initial_loss_is_log_vocab(changes):
+    loss = make(**changes)(*batch(8)).loss
     assert loss.dtype == torch.float32 and abs(loss.item() - math.log(97)) < 0.1
 
 
@@ -213,11 +237,11 @@ def test_the_loss_under_autocast_is_fp32_with_fp32_gradients(limit, monkeypatch)
 # ---- 5 one graph
 
 
-@pytest.mark.parametrize("pattern", ["AA", "MCL"])
-def test_training_forward_is_one_graph_without_recompiles(pattern):
+@pytest.mark.parametrize("changes", [{"pattern": "AA"}, {"pattern": "MCL"}, FAIR[-1] | {"pattern": "MCL"}], ids=str)
+def test_training_forward_is_one_graph_without_recompiles(changes):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    net = make(pattern, n_layer=len(pattern))
+    net = make(**changes, n_layer=len(changes["pattern"]))
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     for step in range(3):
         idx, targets = batch(seed=step)
@@ -269,7 +293,13 @@ REFUSED = [
     ({"pattern": "M", "latent_ratio": 2.0}, "latent_ratio=2.0"), ({"pattern": "C", "latent_ratio": 0.0}, "=0.0: "),
     ({"pattern": "M", "conv_kernel": 10**9}, "conv_kernel=10000"), ({"mod_capacity": -0.1}, "mod_capacity=-0.1"),
     ({"mod_capacity": 1.5}, "mod_capacity=1.5: choose a value from 0"), ({"mor_recursions": 0}, "mor_recursions=0"),
-    ({"mod_capacity": 0.5, "n_layer": 1}, "mod_capacity=0.5: .*n_layer=1"),
+    ({"mod_capacity": 0.5, "n_layer": 1}, "mod_capacity=0.5: .*n_layer=1"), ({"alpha": "0.5"}, "alpha='0.5': use fix"),
+    ({"short_conv": -1}, "short_conv=-1: choose"), ({"short_conv": 10**9}, "short_conv=1000000000: choose"),
+    ({"rope_fraction": 1.5}, "rope_fraction=1.5: choose a value from 0 to 1"), ({"rope_fraction": -0.5}, "from 0 to 1"),
+    *(({"pattern": letter, "rope_fraction": 0.3}, "rope_fraction=0.3: of [0-9]+ channels [0-9.]+ would turn") for letter
+      in KINDS), ({"pattern": "L", "rope_fraction": 0.25}, "of 4 channels 1 would turn, which must be an even number"),
+    ({"pattern": "C", "qk_norm": True}, "pattern='C', qk_norm=True, .*see ccqa_norm and conv_kernel: leave these off"),
+    ({"pattern": "CC", "short_conv": 3}, "pattern='CC', .*short_conv=3: CCQA has its own"),
 ]  # fmt: skip
 FLOATS = [field.name for field in dataclasses.fields(HydraConfig) if field.type in ("float", float)]
 
@@ -345,7 +375,8 @@ def test_every_option_of_the_model_has_an_effect():
         vocab_size=98, block_size=30, dim=128, n_head=2, n_kv_head=4, n_layer=5, pattern="GMCA", mlp_ratio=5.0,
         compression=4, latent_head_dim=16, conv_kernel=2, qk_gain=0.5, value_shift=False, latent_ratio=0.25, window=3,
         rope_theta=100.0, norm_eps=0.1, mod_capacity=0.5, mor_recursions=2, attn_backend="flex",
-        doc_mask=True)  # fmt: skip
+        doc_mask=True, ccqa_norm=False, qk_norm=True, k_temperature=False, short_conv=2, rope_fraction=0.5,
+        pre_out_norm=False, alpha="learned")  # fmt: skip
     assert changes.keys() == {field.name for field in dataclasses.fields(HydraConfig)}
 
     def behaviour(**changed):

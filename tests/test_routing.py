@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAIR
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch.nn.attention import flex_attention as flex_module
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -400,7 +401,8 @@ def test_every_other_block_is_routed_and_runs_are_shared():
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("variant, changes", [*((name, {}) for name in VARIANTS), ("MoD-M", {"window": 5}),
-                                              ("MoD in MoR", {"window": 3})], ids=str)  # fmt: skip
+                                              ("MoD in MoR", {"window": 3}), ("MoD in MoR", FAIR[-1] | {"n_layer": 6}),
+                                              ("MoD-L", {"qk_norm": True, "short_conv": 3})], ids=str)  # fmt: skip
 def test_decoding_equals_the_evaluation_forward(variant, changes, static):
     """Token by token from prefills of 1, 2 and many tokens, rows of different lengths that route differently."""
     net = make(variant, **changes).eval()
@@ -443,10 +445,11 @@ def test_padding_is_neither_seen_nor_routed(variant):
 
 
 @torch.no_grad()
-@every_variant
+@pytest.mark.parametrize("variant, changes", [*((name, {}) for name in VARIANTS),
+                                              ("MoD-L", {"qk_norm": True, "short_conv": 3})], ids=str)  # fmt: skip
 @pytest.mark.parametrize("static", [False, True])
-def test_a_row_that_bypasses_leaves_every_state_untouched(variant, static, monkeypatch):
-    net = make(variant).eval()
+def test_a_row_that_bypasses_leaves_every_state_untouched(variant, changes, static, monkeypatch):
+    net = make(variant, **changes).eval()
     idx = tokens(2, 12)
     state = new_state(net, 2, 20, static)
     prefill(net, [idx[0, :9], idx[1, :5]], state)
