@@ -402,10 +402,11 @@ def test_another_model_cannot_be_resumed_but_another_core_can(tmp_path):
     @dataclass
     class Run:
         tokenizer: str = "bytes"
+        init_from: str = ""
         max_iters: int = 1
 
     content = stored(model_config={"dim": 2, "attn_backend": "flex"},
-                     train_config={"tokenizer": "gpt2", "max_iters": 8}, step=5)  # fmt: skip
+                     train_config={"tokenizer": "gpt2", "init_from": "", "max_iters": 8}, step=5)  # fmt: skip
     torch.save(content, tmp_path / "last.pt")
     for given in ({}, {"dim": 2}, {"attn_backend": "sdpa"}, {"tokenizer": "gpt2", "max_iters": 9}):
         found, notes = checkpoints.resumable(tmp_path, given, Model, Run)
