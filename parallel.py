@@ -293,8 +293,15 @@ def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Every rank writes its part; UserError where one cannot."""
     import torch.distributed.checkpoint as dcp
 
+    class Writer(dcp.FileSystemWriter):
+        def write_data(self, *args):
+            try:
+                return super().write_data(*args)
+            except (OSError, RuntimeError) as error:
+                raise RuntimeError(reason_of(error)) from None  # on its way to the other ranks it loses its cause
+
     try:
-        dcp.save(tensors, checkpoint_id=folder)
+        dcp.save(tensors, storage_writer=Writer(folder))
     except dcp.CheckpointException as error:
         reason = reason_of(next(iter(error.failures.values()))[0])
         raise UserError(f"cannot write {folder} ({reason}): free some space or choose another folder") from error
@@ -334,6 +341,9 @@ def read_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
             if size != list(tensor.shape) or dtype != tensor.dtype:
                 raise Damaged(f"{folder} does not fit this run, {name} is {dtype} {size}, not {tensor.dtype} "
                               f"{list(tensor.shape)}: restore it")  # fmt: skip
+        unknown = [name for name in stored if name.startswith("model.") and name not in tensors]
+        if unknown:
+            raise Damaged(f"{folder} does not fit this run, {unknown[0]!r} is no weight of it: restore it")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process reads them too
             dcp.load(tensors, checkpoint_id=folder)
