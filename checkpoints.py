@@ -46,7 +46,8 @@ from parallel import (
 PARTS = {"model_config": dict, "train_config": dict, "fingerprint": str, "tokenizer": str, "step": int, "best": float}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter
 KEPT = ("step-*.pt", "shards-*")  # patterns of the files and folders beside last.pt and best.pt
-CHUNK = 1 << 22
+CHUNK = 1 << 22  # bytes that are read at once
+FOLDER = 0x10  # the attribute of an archive's entry for which torch's reader gives memory that nothing was read into
 # what reading a foreign file can raise
 BROKEN = (EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError,
           MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
@@ -106,7 +107,8 @@ def check_sums(file: BinaryIO) -> None:
     if sorted(reader.get_all_records()) != sorted(set(names)) or len(set(names)) < len(names):
         raise ValueError("not one archive")
     for name, entry in zip(names, entries, strict=True):
-        if entry.compress_type != zipfile.ZIP_STORED or reader.get_record_size(name) != entry.file_size:
+        plain = entry.compress_type == zipfile.ZIP_STORED and not entry.external_attr & FOLDER
+        if not plain or reader.get_record_size(name) != entry.file_size:
             raise ValueError("not as torch writes them")
         file.seek(reader.get_record_offset(name))
         left, crc = entry.file_size, 0
