@@ -1,24 +1,56 @@
-"""Checkpoints: last.pt, with which a run goes on, and best.pt, each whole or absent.
+"""Checkpoints: last.pt, with which a run goes on, best.pt, and those that are kept (step-N.pt), each whole or absent.
 
+- Read: every record of the archive has the sum that is stored with it (torch's reader does not look), sharded files
+  have their hashes in last.pt; then parts, types, shapes and values are checked, before anything on disk is touched.
+  Where the checkpoint is lost, the error offers the newest whole one.
+- Written: only what is finite, weights and moments.
 A checkpoint that lacks an option of today loads with its default and says so; one with an option that is unknown today
 is refused.
 """
 
+import contextlib
+import errno
 import math
 import os
 import pickle
+import re
+import shlex
 import shutil
-from dataclasses import asdict, dataclass, fields
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from configurator import UserError
-from files import saved_file
-from parallel import Ranks, contents, gathered, launch_id, placed, read_parts, write_parts
+from configurator import UserError, key_types, typed
+from files import Damaged, saved_file
+from parallel import (
+    ALONE,
+    Ranks,
+    check_parts,
+    contents,
+    gathered,
+    launch_id,
+    local,
+    part_hashes,
+    placed,
+    read_parts,
+    write_parts,
+)
 
-PARTS = ("model_config", "train_config", "fingerprint", "tokenizer", "step", "best")  # of a checkpoint
+PARTS = {"model_config": dict, "train_config": dict, "fingerprint": str, "tokenizer": str, "step": int, "best": float}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter
+KEPT = ("step-*.pt", "shards-*")  # patterns of the files and folders beside last.pt and best.pt
+CHUNK = 1 << 22  # bytes that are read at once
+FOLDER = 0x10  # the attribute of an archive's entry for which torch's reader gives memory that nothing was read into
+# what reading a foreign file can raise
+BROKEN = (EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError,
+          MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
 
 
 @dataclass
@@ -31,57 +63,213 @@ class Progress:
     streak: int = 0  # of them in a row
     clipped: int = 0  # updates whose gradient was clipped, since the last log line
     counted: int = 0  # updates since the last log line
+    running: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # losses: how many, mean, variance
 
     @classmethod
     def of(cls, checkpoint: dict) -> "Progress":
-        return cls(**{field.name: checkpoint[field.name] for field in fields(cls)})
+        """UserError where a number is none that a run counts."""
+        progress = cls(**{field.name: checkpoint[field.name] for field in fields(cls)})
+        for name in ("step", "skipped", "streak", "clipped", "counted"):
+            value = getattr(progress, name)
+            if type(value) is not int or value < 0:
+                raise UserError(f"{name} is no count of steps")
+        if type(progress.best) is not float or not progress.best >= 0:
+            raise UserError("best is no loss")
+        if progress.streak > progress.skipped or progress.clipped > progress.counted:
+            raise UserError("a part of its steps is more than all of them")
+        numbers = progress.running
+        if type(numbers) is not list or [type(number) for number in numbers] != [float] * 3:
+            raise UserError("running is no three numbers")
+        if not all(map(math.isfinite, numbers)) or numbers[0] < 0 or numbers[2] < 0:
+            raise UserError("running has a number that cannot be")
+        return progress
+
+
+class Source(NamedTuple):
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    parts: dict
+
+    def is_in(self, folder: str) -> bool:
+        return self.path.parent.resolve() == Path(folder).resolve()
+
+
+# ---- reading
+
+def check_sums(file: BinaryIO) -> None:
+    """ValueError where a record's bytes, at the place where torch reads them, have another sum than the archive's
+    directory has for them, or where torch does not see the records of that directory."""
+    entries = zipfile.ZipFile(file).infolist()
+    file.seek(0)  # torch takes the place where the file stands for its begin
+    reader = torch._C.PyTorchFileReader(file)
+    names = [entry.filename.partition("/")[2] for entry in entries]
+    if sorted(reader.get_all_records()) != sorted(set(names)) or len(set(names)) < len(names):
+        raise ValueError("not one archive")
+    for name, entry in zip(names, entries, strict=True):
+        plain = entry.compress_type == zipfile.ZIP_STORED and not entry.external_attr & FOLDER
+        if not plain or reader.get_record_size(name) != entry.file_size:
+            raise ValueError("not as torch writes them")
+        file.seek(reader.get_record_offset(name))
+        left, crc = entry.file_size, 0
+        while left > 0:
+            some = file.read(min(left, CHUNK))
+            if not some:
+                raise EOFError("it was cut")
+            crc = zlib.crc32(some, crc)
+            left -= len(some)
+        if crc != entry.CRC:
+            raise ValueError("a sum is wrong")
+
+
+def read_archive(path: Path, device: torch.device | str, option: str) -> object:
+    """What torch.save wrote, its sums checked first. Damaged, or UserError where the system cannot read it."""
+    try:
+        with open(path, "rb") as file:
+            check_sums(file)
+            file.seek(0)
+            return torch.load(file, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise Damaged(f"{path} does not exist: train first, or name the run's folder with --{option}=PATH") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which is a place before the file's begin, from a directory that is damaged
+            raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or name another "
+                            "checkpoint") from error  # fmt: skip
+        raise foreign(path, error) from error
+    except BROKEN as error:
+        raise foreign(path, error) from error
+
+
+def foreign(path: Path, error: Exception) -> Damaged:
+    reason = f"it is damaged or foreign ({type(error).__name__})"
+    return Damaged(f"{path} is no checkpoint of this project, {reason}: restore or delete it")
 
 
 def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | str = "cpu",
                     option: str = "out_dir") -> tuple[dict, list[str]]:  # fmt: skip
     """(a checkpoint, what was missing in it). Its parts `kinds` are dictionaries of the fields of those dataclasses.
-    UserError if it is missing, which is by `option`, damaged, foreign, or has a field that its dataclass lacks."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist: train first, or name the run's folder with --{option}=PATH")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = f"it is damaged or foreign ({type(error).__name__})"
-        raise UserError(f"{path} is no checkpoint of this project, {reason}: restore or delete it") from error
-    whole_or_sharded = isinstance(checkpoint, dict) and checkpoint.keys() & {"model", "shards"}
-    if not whole_or_sharded or not set(PARTS) <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of this project, parts are missing: restore or delete it")
+    Damaged if it is missing (`option` names it), damaged or foreign; UserError if it cannot be read, or has a field
+    that its dataclass lacks."""
+    checkpoint = read_archive(path, device, option)
+    if not isinstance(checkpoint, dict) or not set(PARTS) <= checkpoint.keys():
+        raise Damaged(f"{path} is no checkpoint of this project, parts are missing: restore or delete it")
+    wholes = PARTS | ({"shards": str} if "shards" in checkpoint else {"model": dict})
+    for part, kind in wholes.items():
+        value = checkpoint.get(part)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise Damaged(f"{path} is no checkpoint of this project, parts are missing or of another kind ({part}): "
+                          "restore or delete it")  # fmt: skip
+    if type(checkpoint["train_config"].get("tokenizer")) is not str:
+        raise Damaged(f"{path} is no checkpoint of this project, it names no tokenizer: restore or delete it")
     notes = []
+    if "shards" in checkpoint:
+        notes += check_shards(path, checkpoint)
     for part, kind in kinds.items():
-        stored = checkpoint[part]
-        unknown = stored.keys() - {field.name for field in fields(kind)}
+        stored, types = checkpoint[part], key_types((kind,))
+        unknown = sorted(str(name) for name in stored.keys() - types.keys())
         if unknown:
-            raise UserError(f"{path} has the option {min(unknown)!r}, which this version of the project does not know: "
+            raise UserError(f"{path} has the option {unknown[0]!r}, which this version of the project does not know: "
                             "use the version that wrote it, or train anew")  # fmt: skip
-        for field in fields(kind):
-            if field.name not in stored:
-                stored[field.name] = field.default
-                notes.append(f"{path} is older than the option {field.name}, which is {field.default!r} for it")
+        for option in fields(kind):
+            if option.name not in stored:
+                stored[option.name] = option.default
+                notes.append(f"{path} is older than the option {option.name}, which is {option.default!r} for it")
+            try:
+                stored[option.name] = typed(stored[option.name], types[option.name], "")
+            except UserError as error:
+                raise Damaged(f"{path} is damaged or foreign, its option {option.name} has a value of another kind: "
+                              "restore or delete it") from error  # fmt: skip
     return checkpoint, notes
 
 
-def resumable(out: Path, given: dict, model_config: type, train_config: type) -> tuple[dict, list[str]]:
-    """`load_checkpoint` of a run to go on with; UserError where an option of `given` would make it another run."""
-    checkpoint, notes = load_checkpoint(out / "last.pt", {"model_config": model_config, "train_config": train_config})
+def check_shards(path: Path, checkpoint: dict) -> list[str]:
+    """What is to be said of its sharded files. Damaged where they are not those that it was written with."""
+    name, hashes = checkpoint["shards"], checkpoint.get("hashes")
+    if not re.fullmatch(r"shards-\d+", name):
+        raise Damaged(f"{path} is no checkpoint of this project, it names {name!r} as its folder: restore it")
+    if hashes is None:
+        return [f"{path} is older than the hashes of sharded files: those in {name} are not checked for damage"]
+    texts = [*hashes.keys(), *hashes.values()] if type(hashes) is dict else [None]
+    if not all(type(text) is str and "/" not in text for text in texts):
+        raise Damaged(f"{path} is no checkpoint of this project, its hashes are none: restore it")
+    check_parts(path.with_name(name), hashes)
+    return []
+
+
+def load_run(path: Path, kinds: dict[str, type]) -> tuple[dict, list[str]]:
+    """`load_checkpoint` of one that a run can go on from: with counters and, but for a best.pt, moments."""
+    checkpoint, notes = load_checkpoint(path, kinds)
+    for counter in fields(Progress):
+        if counter.default_factory is not MISSING:  # younger than the others
+            checkpoint.setdefault(counter.name, counter.default_factory())
+    missing = {counter.name for counter in fields(Progress)} - checkpoint.keys()
     moments = "shards" if "shards" in checkpoint else "optimizer"
-    missing = {moments, *(field.name for field in fields(Progress))} - checkpoint.keys()
+    if path.name == "best.pt" and moments not in checkpoint:
+        notes.append(f"{path} has no state of the optimiser: its moments begin at zero")
+    elif moments not in checkpoint:
+        missing.add(moments)
     if missing:
-        raise UserError(f"{out / 'last.pt'} lacks {', '.join(sorted(missing))}, without which nothing goes on exactly: "
-                        "restore it; a best.pt cannot stand for it")  # fmt: skip
+        raise Damaged(f"{path} lacks {', '.join(sorted(missing))}, without which nothing goes on exactly: restore it")
+    try:
+        Progress.of(checkpoint)
+    except UserError as error:
+        raise Damaged(f"{path} is damaged or foreign, {error}: restore or delete it") from error
+    return checkpoint, notes
+
+
+def step_of(path: Path) -> int:
+    """Of a kept checkpoint, by its name; -1 of another file."""
+    found = re.fullmatch(r"step-(\d+)\.pt", path.name)
+    return int(found[1]) if found else -1
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """Of the checkpoints beside last.pt, newest first."""
+    return sorted((step_of(path) for path in folder.glob("step-*.pt") if step_of(path) >= 0), reverse=True)
+
+
+def newest_whole(folder: Path, lost: Path) -> tuple[Path, int] | None:
+    """The checkpoint with which a run can go on where `lost` cannot be read, and its step."""
+    for path in [folder / "last.pt", *(folder / f"step-{n}.pt" for n in kept_steps(folder)), folder / "best.pt"]:
+        if path == lost:
+            continue
+        try:
+            return path, load_run(path, {})[0]["step"]
+        except UserError:
+            continue
+    return None
+
+
+@contextlib.contextmanager
+def offers_another(lost: Path) -> Iterator[None]:
+    """Where the checkpoint `lost` is Damaged, the error says how to go on from the newest whole one beside it."""
+    try:
+        yield
+    except Damaged as error:
+        found = newest_whole(lost.parent, lost)
+        if found is None:
+            raise
+        path, step = found
+        what = f"step {step}"
+        if path.name == "best.pt":
+            what = f"the weights of step {step} (the optimiser's state is lost)"
+        command = f"python train.py --resume={shlex.quote(str(path))}"
+        raise UserError(f"{error}; or go on from {what}: {command}") from error
+
+
+def resumable(path: Path, given: dict, model_config: type, train_config: type) -> tuple[dict, list[str]]:
+    """`load_run` with its configurations; UserError where an option of `given` would make it another run."""
+    with offers_another(path):
+        checkpoint, notes = load_run(path, {"model_config": model_config, "train_config": train_config})
     trained = checkpoint["train_config"]
     fixed = checkpoint["model_config"] | {name: trained[name] for name in ("tokenizer", "init_from")}
     for name, value in fixed.items():
         if name != "attn_backend" and given.get(name, value) != value:
-            raise UserError(f"{name}={given[name]!r}: the run in {out} has {value!r}, which --resume cannot change: "
-                            "leave it out, or start another run with --out_dir=PATH")  # fmt: skip
+            raise UserError(f"{name}={given[name]!r}: the run in {path.parent} has {value!r}, which --resume cannot "
+                            "change: leave it out, or start another run with --out_dir=PATH")  # fmt: skip
     steps = given.get("max_iters", trained["max_iters"])
     if steps < checkpoint["step"]:
-        raise UserError(f"max_iters={steps}: the run in {out} is at step {checkpoint['step']}: ask for more")
+        raise UserError(f"max_iters={steps}: the run in {path.parent} is at step {checkpoint['step']}: ask for more")
     return checkpoint, notes
 
 
@@ -104,18 +292,101 @@ def weights_path(run: str) -> Path:
     return path
 
 
-def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
-    """UserError where the checkpoint's weights are not the model's."""
+def best_loss(folder: Path) -> float:
+    """The one of a folder's best.pt; infinite where none can be read."""
+    try:
+        return load_checkpoint(folder / "best.pt", {})[0]["best"]
+    except UserError:
+        return math.inf
+
+
+# ---- into a model and its optimiser
+
+def no_fit(path: Path, reason: str) -> Damaged:
+    return Damaged(f"{path} does not fit its configuration ({reason}): use the version of this project that wrote "
+                   "it, or train anew")  # fmt: skip
+
+
+def check_tensor(path: Path, name: str, tensor: object, like: Tensor) -> None:
+    """Damaged where it has not the shape and dtype of `like`."""
+    found, wanted = type(tensor).__name__, f"{like.dtype} {list(like.shape)}"
+    if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta:
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+    if found != wanted:
+        raise no_fit(path, f"{name} is {found}, not {wanted}")
+
+
+def check_weights(path: Path, weights: dict, model: nn.Module) -> None:
+    """Damaged where they are not the model's."""
+    own = model.state_dict()
+    for name, like in own.items():
+        if name not in weights:
+            raise no_fit(path, f"it lacks {name}")
+        check_tensor(path, name, weights[name], like)
+    for name in weights:
+        if name not in own:
+            raise no_fit(path, f"{name!r} is no weight of it")
+
+
+def check_moments(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Damaged where they are not those of the optimiser's parameters: of all of them, once a step has updated them."""
+    moments = checkpoint["optimizer"]
+    try:
+        numbers = [group["params"] for group in moments["param_groups"]]
+        states = {number: dict(state) for number, state in moments["state"].items()}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise no_fit(path, "its optimiser's state is none") from error
+    if numbers != [group["params"] for group in optimizer.state_dict()["param_groups"]]:
+        raise no_fit(path, "its optimiser has other parameters")
+    if not states and checkpoint["step"] == checkpoint["skipped"]:
+        return
+    names = {p: name for name, p in model.named_parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not states.keys() <= set(range(len(params))):
+        raise no_fit(path, "its optimiser has more parameters")
+    for number, p in enumerate(params):
+        state = states.get(number)
+        if state is None and not p.requires_grad:
+            continue
+        if state is None or state.keys() != {"step", *MOMENTS}:
+            raise no_fit(path, f"the moments of {names[p]} are missing")
+        check_tensor(path, f"the step of {names[p]}", state["step"], torch.zeros(()))
+        for moment in MOMENTS:
+            check_tensor(path, f"{moment} of {names[p]}", state[moment], p)
+
+
+def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> str:
+    """The first weight, or moment, with a value that is not finite, or that is negative in a mean of squares; empty
+    where there is none. All ranks ask for it, and are told the same."""
+    names, bad = [], []
+    for name, tensor in model.state_dict().items():
+        names.append(name)
+        bad.append(not local(tensor).isfinite().all())
+    for name, p in model.named_parameters() if optimizer else ():
+        for moment, tensor in optimizer.state.get(p, {}).items():
+            names.append(f"{moment} of {name}")
+            part = local(tensor)
+            bad.append(not part.isfinite().all() or (moment in ("step", "exp_avg_sq") and bool((part < 0).any())))
+    found = ranks.total(bad)
+    return next((name for name, count in zip(names, found, strict=True) if count > 0), "")
+
+
+def load_weights(model: nn.Module, checkpoint: dict, path: Path, ranks: Ranks = ALONE) -> None:
+    """Damaged where the checkpoint's weights are not the model's, or are not finite."""
     if "shards" in checkpoint:
         read_parts(path.with_name(checkpoint["shards"]), contents(model, None))
-        return
-    own = model.state_dict()
-    try:
-        model.load_state_dict({name: placed(t, own.get(name)) for name, t in checkpoint["model"].items()})
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: its weights do not fit its configuration ({reason}): use the version of this project "
-                        "that wrote it, or train anew") from error  # fmt: skip
+    else:
+        check_weights(path, checkpoint["model"], model)
+        own = model.state_dict()
+        model.load_state_dict({name: placed(t, own[name]) for name, t in checkpoint["model"].items()})
+    check_values(path, model, None, ranks)
+
+
+def check_values(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> None:
+    """Damaged where what was read from `path` is not finite."""
+    name = not_finite(model, optimizer, ranks)
+    if name:
+        raise Damaged(f"{path}: {name} has values that are not finite, or that cannot be: restore or delete it")
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
@@ -123,44 +394,94 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
     made = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, state in moments["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS:
             state[name] = placed(state[name], params[i])
     optimizer.load_state_dict(moments)
     for group, options in zip(optimizer.param_groups, made, strict=True):
         group.update(options)
 
 
-def restore(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """A checkpoint of any number of ranks into the model and optimiser of this one."""
+def restore(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
+            ranks: Ranks = ALONE) -> None:  # fmt: skip
+    """A checkpoint of any number of ranks into the model and optimiser of this one; Damaged where it does not fit
+    them. Without moments the optimiser is left as it is."""
     if "shards" in checkpoint:
         read_parts(path.with_name(checkpoint["shards"]), contents(model, optimizer))
+        check_values(path, model, optimizer, ranks)
         return
-    load_weights(model, checkpoint, path)
-    restore_optimizer(optimizer, checkpoint["optimizer"])
+    check_weights(path, checkpoint["model"], model)
+    if "optimizer" in checkpoint:
+        check_moments(path, checkpoint, model, optimizer)
+    load_weights(model, checkpoint, path, ranks)
+    if "optimizer" in checkpoint:
+        restore_optimizer(optimizer, checkpoint["optimizer"])
+        check_values(path, model, optimizer, ranks)
 
+
+# ---- writing
 
 def save_checkpoint(path: Path, content: dict) -> None:
     with saved_file(path) as file:
         torch.save(content, file)
 
 
-def save_run(path: Path, content: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None,
-             ranks: Ranks) -> None:  # fmt: skip
-    """A checkpoint, by rank 0; with an `optimizer` one to go on from. Under fsdp it names a folder beside it, in which
-    every rank has written its part by then."""
+class Kept(NamedTuple):
+    """Which checkpoints stay beside last.pt: those of every so many steps (0 = none), and the newest, with last.pt."""
+
+    every: int = 0
+    last: int = 1
+
+    def keep(self, path: Path, step: int | None) -> None:
+        """Before `path`, last.pt, of this step, is replaced: give it a second name, if it may stay."""
+        if step is None or (self.last == 1 and not self.stays(step)):
+            return
+        kept = path.with_name(f"step-{step}.pt")
+        kept.unlink(missing_ok=True)  # of a run that went on from an earlier step
+        try:
+            os.link(path, kept)
+        except OSError:  # a file system without links
+            with saved_file(kept) as file, path.open("rb") as old:
+                shutil.copyfileobj(old, file)
+
+    def stays(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+    def drop(self, path: Path, step: int) -> None:
+        """Behind a new last.pt, of this step: delete the one that is no longer among the newest. What is older stays as
+        it is, whoever kept it."""
+        older = [kept for kept in kept_steps(path.parent) if kept < step]
+        for fallen in older[self.last - 1 : self.last]:
+            if self.last > 1 and not self.stays(fallen):
+                path.with_name(f"step-{fallen}.pt").unlink()
+
+
+ONLY_LAST = Kept()
+
+
+def save_run(path: Path, content: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks,
+             kept: Kept = ONLY_LAST, replaced: int | None = None) -> None:  # fmt: skip
+    """A checkpoint, by rank 0; with an `optimizer` one to go on from, which is last.pt: the `replaced` one was of that
+    step. Under fsdp it names a folder beside it, in which every rank has written its part by then."""
     content["launch"] = launch_id()
     if optimizer and ranks.mode == "fsdp":
         content["shards"] = f"shards-{content['step']}"
         write_parts(path.with_name(content["shards"]), contents(model, optimizer))
+        content["hashes"] = part_hashes(path.with_name(content["shards"])) if ranks.rank == 0 else {}
     else:
         content["model"] = gathered(model, ranks)
         if optimizer:
             content["optimizer"] = optimizer.state_dict()
     if ranks.rank > 0:
         return
+    if not optimizer:
+        save_checkpoint(path, content)
+        return
+    kept.keep(path, replaced)
     save_checkpoint(path, content)
-    for folder in path.parent.glob("shards-*") if optimizer else ():
-        if folder.name != content.get("shards"):
+    kept.drop(path, content["step"])
+    named = {content.get("shards"), *(f"shards-{step}" for step in kept_steps(path.parent))}
+    for folder in path.parent.glob("shards-*"):
+        if folder.name not in named:
             shutil.rmtree(folder)
 
 

@@ -1,8 +1,9 @@
 """One road for configuration: `python train.py [config/x.toml ...] [--key=value ...]`, read in order, later wins.
 
-The keys are the fields of plain dataclasses of int, float, bool, str and tuple[str, ...], an option that may be given
-several times; a field's trailing comment is its --help text. `parse` reads files and options into a dict, `build` makes
-the dataclasses of it, `to_toml` writes a file that `parse` reads back to the same values, `cli` runs a main function.
+The keys are the fields of plain dataclasses of int, float, bool, str, bool | str (a switch that may be a path) and
+tuple[str, ...], an option that may be given several times; a field's trailing comment is its --help text. `parse` reads
+files and options into a dict, `build` makes the dataclasses of it, `to_toml` writes a file that `parse` reads back to
+the same values, `cli` runs a main function.
 Unknown keys and wrong types are a UserError; a programmer's mistake is a TypeError.
 Left out: exec, tables, lists, None, environment variables.
 """
@@ -21,12 +22,14 @@ from dataclasses import fields
 from typing import get_type_hints
 
 REPEATED = tuple[str, ...]
+SWITCH = bool | str
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EXPECTED = {
     int: "an int: give a whole number, e.g. 1000",
     float: "a finite float: give a number, e.g. 3e-4",
     bool: "a bool: give true or false",
     str: "a str: give UTF-8 text (in quotes in a file)",
+    SWITCH: "a bool or a str: give true, false or UTF-8 text (in quotes in a file)",
     REPEATED: "a list of str: give UTF-8 text, several times for several (a list in a file)",
 }
 
@@ -68,6 +71,10 @@ def typed(value: object, kind: type, where: str, text: bool = False) -> int | fl
     if kind == REPEATED and isinstance(value, (str, list, tuple)):
         several = [value] if isinstance(value, str) else value
         return tuple(typed(one, str, where) for one in several)
+    expected = EXPECTED[kind]
+    if kind == SWITCH:
+        is_text = isinstance(value, str) and not (text and value.lower() in BOOLS)
+        kind = str if is_text else bool
     result = value
     try:
         if text:
@@ -80,7 +87,7 @@ def typed(value: object, kind: type, where: str, text: bool = False) -> int | fl
     except (KeyError, ValueError, OverflowError):
         valid = False
     if not valid:
-        raise UserError(f"{where}{value!r} is not {EXPECTED[kind]}")
+        raise UserError(f"{where}{value!r} is not {expected}")
     return result
 
 
@@ -139,8 +146,9 @@ def parse(argv: list[str], *types: type, doc: str = "") -> dict:
             continue
         name, equals, text = arg[2:].partition("=")
         key = known(name, kinds)
-        if not equals and kinds[key] is bool:
-            text = rest.pop(0) if rest and rest[0].lower() in BOOLS else "true"
+        if not equals and kinds[key] in (bool, SWITCH):
+            is_path = kinds[key] == SWITCH and rest and not rest[0].startswith("-") and not rest[0].endswith(".toml")
+            text = rest.pop(0) if rest and (rest[0].lower() in BOOLS or is_path) else "true"
         elif not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{key} needs a value: write --{key}=VALUE")

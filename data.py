@@ -3,7 +3,7 @@
 - The texts and their split: sources.py.
 - Tokenizers: `python4096` (its ranks are shipped), `bytes`, a rank file of your own, and the named encodings of
   tiktoken, downloaded by it.
-- Token files with a checked header, memory-mapped. Token shards of other projects: shards.py.
+- Token files, memory-mapped; their header and ids are checked by hashes. Shards of other projects: shards.py.
 - Batches: a pure function of (seed, step), drawn with replacement or in shuffled epochs, nothing to save or to replay;
   evaluation windows meet every target exactly once. No window crosses from one shard into the next.
 `python data.py --help` lists the commands. `train_tokenizer OUT` wrote config/python4096.tiktoken, and writes the same
@@ -45,13 +45,14 @@ from sources import Texts, encode, no_effect, part_pieces, read_texts, split_war
 
 EOT = "<|endoftext|>"
 RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
+RANKS_HASH = "573bf6348b282ff857766cf4f716796d31df9060209e7f99fa6773d5af98c787"  # of what they say
 N_RANKS = 4095  # with <|endoftext|> the vocabulary is a power of two
 RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc"
 # A word with the one character before it (space, dot, bracket, underscore); up to three digits; punctuation with all
 # the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
-VERSION, HEADER = 2, 1024  # raise VERSION with any change of header, split or choice of files
+VERSION, HEADER = 3, 1024  # raise VERSION with any change of header, split or choice of files
 OTHER_SHARDS = "give other shards with --val_data=PATH"
 USAGE = "python data.py (train_tokenizer OUT, shard OUT or bench) [--key=value ...], see --help"
 
@@ -78,8 +79,8 @@ def make_encoding(name: str, pattern: str, ranks: dict[bytes, int]) -> tiktoken.
 def shipped_ranks() -> dict[bytes, int]:
     """python4096's."""
     ranks = read_ranks(RANKS, "restore it from the repository")
-    if len(ranks) != N_RANKS:
-        raise UserError(f"{RANKS}: {len(ranks)} ranks, not {N_RANKS}; restore it from the repository")
+    if hashlib.sha256(repr(sorted(ranks.items())).encode()).hexdigest() != RANKS_HASH:
+        raise UserError(f"{RANKS}: not the {N_RANKS} ranks of this project; restore it from the repository")
     return ranks
 
 
@@ -162,29 +163,40 @@ def text_of(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
 
 # ---- token files
 
+def sealed(head: bytes) -> bytes:
+    """A header of HEADER bytes: its text, spaces, and the sha256 of both in hexadecimal."""
+    text = head.ljust(HEADER - 64)
+    return text + hashlib.sha256(text).hexdigest().encode()
+
+
 def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encoding, source: str) -> None:
-    """A token file: a header of HEADER bytes (MAGIC, JSON, spaces), then the ids. Complete, or not there at all."""
+    """A token file: a header of HEADER bytes (MAGIC, JSON, spaces, sha256 of these), then the ids, whose sha256 is in
+    the JSON. Complete, or not there at all."""
     dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
-    count = 0
+    count, digest = 0, hashlib.sha256()
     with complete_file(path) as file:
         file.write(bytes(HEADER))
         for some in ids:
-            file.write(np.array(some, dtype).tobytes())
+            content = np.array(some, dtype).tobytes()
+            file.write(content)
+            digest.update(content)
             count += len(some)
         meta = {"version": VERSION, "dtype": dtype, "tokenizer": enc.name, "tokenizer_hash": tokenizer_hash(enc),
-                "vocab_size": enc.n_vocab, "tokens": count, "source": source}
+                "vocab_size": enc.n_vocab, "tokens": count, "source": source, "sha256": digest.hexdigest()}
         file.seek(0)
-        file.write((MAGIC + json.dumps(meta).encode()).ljust(HEADER))
+        file.write(sealed(MAGIC + json.dumps(meta).encode()))
 
 
-def highest_id(path: str | Path, dtype: np.dtype) -> int:
-    """Of a token file. It is read, not mapped: the pages of a map that were touched count as memory of the process."""
-    top = 0
+def digest_and_top(path: str | Path, dtype: np.dtype) -> tuple[str, int]:
+    """sha256 of a token file's ids, and the highest of them. They are read, not mapped: the pages of a map that were
+    touched count as memory of the process. Raises OSError."""
+    digest, top = hashlib.sha256(), 0
     with open(path, "rb") as file:
         file.seek(HEADER)
         while len(some := np.fromfile(file, dtype, 1 << 22)):
+            digest.update(some)
             top = max(top, int(some.max()))
-    return top
+    return digest.hexdigest(), top
 
 
 def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | None = None) -> np.memmap:
@@ -193,30 +205,41 @@ def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | N
     def bad(reason: str) -> UserError:
         return UserError(f"{path}: {reason}; delete it, and it will be built again from the text")
 
+    def unreadable(error: OSError) -> UserError:
+        return UserError(f"{path}: cannot read the token file ({error.strerror}); check --cache_dir")
+
     try:
         with open(path, "rb") as file:
             head, size = file.read(HEADER), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise UserError(f"{path}: cannot read the token file ({error.strerror}); check --cache_dir") from error
+        raise unreadable(error) from error
     if not head.startswith(MAGIC):
         raise bad("not a token file" if head else "empty file")
     if len(head) < HEADER:
         raise bad("truncated within its header")
     try:
-        meta = json.loads(head[len(MAGIC):])
+        meta = json.loads(head[len(MAGIC):HEADER - 64])
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         count, version = int(meta["tokens"]), meta["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise bad(f"damaged header ({type(error).__name__})") from error
     if version != VERSION:
-        raise bad(f"token file of version {version}, this program reads version {VERSION}")
+        raise bad(f"token file of version {version!r}, this program reads version {VERSION}")
+    if head != sealed(head[:HEADER - 64]):
+        raise bad("damaged header (its hash is another)")
     if size != HEADER + count * dtype.itemsize:
         raise bad(f"truncated or damaged, {size} bytes instead of {HEADER + count * dtype.itemsize}")
     if source is not None and meta.get("source") != source:
         raise bad("made from another text")
     if count < 2:
         raise bad(f"too short, {count} tokens")
-    if vocab_size is not None and (top := highest_id(path, dtype)) >= vocab_size:
+    try:
+        digest, top = digest_and_top(path, dtype)
+    except OSError as error:
+        raise unreadable(error) from error
+    if digest != meta.get("sha256"):
+        raise bad("damaged, its ids have another hash than when they were written")
+    if vocab_size is not None and top >= vocab_size:
         raise UserError(f"{path}: token id {top} is beyond vocab_size {vocab_size}; set --vocab_size={top + 1} or "
                         "more, or delete the file, and it will be built again")
     return np.memmap(path, dtype, "r", HEADER, (count,))

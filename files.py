@@ -2,6 +2,7 @@
 
 - `complete_file`: written under a temporary name of its own, which is opened exclusively, so that a planted link is
   never written through, and renamed when its bytes are on the disk.
+- `reason_of` and `file_hash`: what the system says, and whether a file is still what was written.
 - `remove_leftovers`: what killed processes left under such names. A writer holds a lock of the kernel on its file, so
   that nothing of a living one is taken away.
 Left out: locks between machines on a file system that has none.
@@ -9,6 +10,7 @@ Left out: locks between machines on a file system that has none.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -16,6 +18,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from configurator import UserError
+
+
+class Damaged(UserError):
+    """A file that is missing, or is not what was written: another may stand for it."""
 
 
 def locks(file: BinaryIO, wait: bool = True) -> bool:
@@ -63,6 +69,16 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
         Path(file.name).unlink(missing_ok=True)
 
 
+def reason_of(error: BaseException) -> str:
+    """The system's words for what went wrong: torch's writers raise an error of their own behind the system's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).partition("\n")[0]
+
+
 @contextlib.contextmanager
 def saved_file(path: Path) -> Iterator[BinaryIO]:
     """`complete_file` that raises UserError; a RuntimeError is torch's way to say that a disk is full."""
@@ -70,8 +86,14 @@ def saved_file(path: Path) -> Iterator[BinaryIO]:
         with complete_file(path) as file:
             yield file
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = reason_of(error)
         raise UserError(f"cannot write {path} ({reason}): free some space or choose another folder") from error
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in bounded memory. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

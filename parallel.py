@@ -11,6 +11,7 @@ where it is asked for. Left out: tensor, pipeline and context parallelism, repli
 
 import contextlib
 import os
+import pickle
 import sys
 import time
 import uuid
@@ -26,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
+from files import Damaged, file_hash, reason_of
 from machine import Machine, choose_device
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -291,21 +293,62 @@ def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Every rank writes its part; UserError where one cannot."""
     import torch.distributed.checkpoint as dcp
 
+    class Writer(dcp.FileSystemWriter):
+        def write_data(self, *args):
+            try:
+                return super().write_data(*args)
+            except (OSError, RuntimeError) as error:
+                raise RuntimeError(reason_of(error)) from None  # on its way to the other ranks it loses its cause
+
     try:
-        dcp.save(tensors, checkpoint_id=folder)
+        dcp.save(tensors, storage_writer=Writer(folder))
     except dcp.CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
+        reason = reason_of(next(iter(error.failures.values()))[0])
         raise UserError(f"cannot write {folder} ({reason}): free some space or choose another folder") from error
 
 
+def part_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a sharded checkpoint, by its name."""
+    try:
+        return {path.name: file_hash(path) for path in sorted(folder.iterdir())}
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): make the folder readable") from error
+
+
+def check_parts(folder: Path, hashes: dict[str, str]) -> None:
+    """Damaged where a file of a sharded checkpoint is missing or has other bytes than were written."""
+    for name, expected in hashes.items():
+        try:
+            found = file_hash(folder / name)
+        except FileNotFoundError as error:
+            raise Damaged(f"{folder / name} does not exist: restore it") from error
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read ({error.strerror}): make it readable") from error
+        if found != expected:
+            raise Damaged(f"{folder / name} is damaged, its bytes are not those that were written: restore it")
+
+
 def read_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill the tensors, whole ones or parts; UserError where the files are not theirs."""
+    """Fill the tensors, whole ones or parts; Damaged where the files are not theirs."""
     import torch.distributed.checkpoint as dcp
 
     try:
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        for name, tensor in tensors.items():
+            if name not in stored:
+                raise Damaged(f"{folder} does not fit this run, it lacks {name}: restore it")
+            size, dtype = list(stored[name].size), stored[name].properties.dtype
+            if size != list(tensor.shape) or dtype != tensor.dtype:
+                raise Damaged(f"{folder} does not fit this run, {name} is {dtype} {size}, not {tensor.dtype} "
+                              f"{list(tensor.shape)}: restore it")  # fmt: skip
+        unknown = [name for name in stored if name.startswith("model.") and name not in tensors]
+        if unknown:
+            raise Damaged(f"{folder} does not fit this run, {unknown[0]!r} is no weight of it: restore it")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process reads them too
             dcp.load(tensors, checkpoint_id=folder)
     except dcp.CheckpointException as error:
-        reason = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
-        raise UserError(f"{folder} does not fit this run, or is damaged ({reason}): restore it") from error
+        reason = reason_of(next(iter(error.failures.values()))[0])
+        raise Damaged(f"{folder} does not fit this run, or is damaged ({reason}): restore it") from error
+    except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise Damaged(f"{folder} is damaged or foreign ({type(error).__name__}): restore it") from error

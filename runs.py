@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.autograd import DeviceType
 
-from checkpoints import Progress
+from checkpoints import KEPT, Progress
 from configurator import UserError
 from files import saved_file, write_text
 from machine import sync
@@ -30,7 +30,8 @@ MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a
 
 def set_aside(out: Path) -> str:
     """Move an earlier run's files into a numbered folder of OUT_DIR, so that a new run overwrites nothing."""
-    old = [out / name for name in FILES if (out / name).exists()] + [*out.glob("shards-*")]
+    old = [out / name for name in FILES if (out / name).exists()]
+    old += [path for pattern in KEPT for path in out.glob(pattern)]
     if not old:
         return ""
     number = 1
@@ -92,7 +93,13 @@ class RunLog:
     def skipped(self, step: int, skipped: int, problem: str) -> None:
         """A step without an update, `skipped` of them so far."""
         self.write({"step": step, "skipped": problem})
-        print(f"step {step:5d} | {problem} is not finite: update skipped ({skipped} so far)", flush=True)
+        text = problem if problem.startswith("spike") else f"{problem} is not finite"
+        print(f"step {step:5d} | {text}: update skipped ({skipped} so far)", flush=True)
+
+    def unsaved(self, step: int, problem: str, kept: str) -> None:
+        """A step that is not fit to be saved."""
+        self.write({"step": step, "unsaved": problem})
+        print(f"step {step:5d} | {problem} is not finite: not saved, {kept}", flush=True)
 
     def evaluation(self, record: dict) -> None:
         self.write(record)
@@ -111,7 +118,7 @@ class RunLog:
         part = f"{batches} batches of the" if batches else "whole"
         text = f"{part} validation split: {losses(record)}; "
         text += f"{seconds:.0f} s in all, at most {record['peak_memory'] / 1e6:,.0f} MB of memory"
-        if record["step"] and "val_bpb" in record:  # else its ids have no text
+        if record["step"] and "val_bpb" in record and out_dir:  # else its ids have no text, or it is lost
             text += f"; sample it with: python sample.py --out_dir={out_dir} --prompt=import"
         print(text, flush=True)
 
@@ -132,12 +139,12 @@ def settle(steps: list[NamedTuple], grad_clip: float, progress: Progress, log: R
     """Read what the latest steps (`train.Step`) did, which waits for them; count them in `progress` and log the skipped
     ones. Returns the last one's loss and grad_norm, and its routing."""
     names, routing = list(steps[-1].norms), steps[-1].routing
-    width = 2 + len(names)
-    values = [v for step in steps for v in (step.loss, step.grad_norm, *step.norms.values())]
+    width = 3 + len(names)
+    values = [v for step in steps for v in (step.loss, step.grad_norm, step.updated, *step.norms.values())]
     numbers = torch.stack([*values, *routing.values()]).tolist()  # the only sync point of a run's steps
     for i in range(len(steps)):
-        loss, grad_norm, *norms = numbers[i * width : (i + 1) * width]
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        loss, grad_norm, updated, *norms = numbers[i * width : (i + 1) * width]
+        if updated:
             if progress.streak < MAX_BAD:  # else the run ends, whatever came behind them
                 progress.streak = 0
             progress.counted += 1
@@ -147,7 +154,9 @@ def settle(steps: list[NamedTuple], grad_clip: float, progress: Progress, log: R
         progress.skipped += 1
         progress.streak += 1
         problem = "loss"
-        if math.isfinite(loss):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            problem = f"spike of the loss to {loss:.4f}"
+        elif math.isfinite(loss):
             bad = [name for name, norm in zip(names, norms, strict=True) if not math.isfinite(norm)]
             problem = f"gradient of {bad[0] if bad else 'all parameters together'}"
         log.skipped(progress.step - len(steps) + i + 1, progress.skipped, problem)

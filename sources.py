@@ -37,6 +37,7 @@ SLACK = 0.1  # validation may differ from the part that is asked for by this par
 PROGRESS_SECONDS = 3
 MOST_CORES = 16
 RUN_FILES = {"config.toml", "log.jsonl", "last.pt", "best.pt", "trace.json", "memory.pickle"}
+KEPT_FILE = re.compile(r"step-\d+\.pt")  # a checkpoint of a run, too
 HIDDEN, WRITTEN, LINKED = "hidden", "with a run or a cache in it", "links to what is above, elsewhere or seen"
 NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or stripped
@@ -101,7 +102,7 @@ def kind_of(entry: os.DirEntry) -> str:
 def is_written(entries: list[os.DirEntry]) -> bool:
     """Whether a folder holds a run of any --out_dir or the token files of any --cache_dir."""
     names = {entry.name for entry in entries}
-    if {"config.toml", "log.jsonl"} <= names or {"last.pt", "best.pt"} & names:
+    if {"config.toml", "log.jsonl"} <= names or {"last.pt", "best.pt"} & names or any(map(KEPT_FILE.fullmatch, names)):
         return True
     return any(is_token_file(entry.path) for entry in entries
                if entry.name.endswith(".bin") and kind_of(entry) == "file")  # fmt: skip
@@ -137,7 +138,7 @@ def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (
                 skipped.add(Unfit("broken links and devices"), name)
             elif linked and not follow and not Path(os.path.realpath(entry.path)).is_relative_to(root):
                 skipped.add(Unfit(LINKED), name)
-            elif not (written and entry.name in RUN_FILES):
+            elif not (written and (entry.name in RUN_FILES or KEPT_FILE.fullmatch(entry.name))):
                 names.append(name)
     return sorted(names)
 

@@ -2,10 +2,10 @@
 
 - AdamW (fused), linear warmup and cosine, clipping by the global norm, gradient accumulation, bf16 autocast.
 - OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
-- Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU.
+- Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU, --resume=PATH from another checkpoint.
 - Routed models (routing.py) train with their auxiliary losses added; `loss` in the log is the language model's alone.
-- A step whose loss or gradient is not finite updates nothing, is counted and named; ten in a row end the run. The
-  device sees to it alone: the host waits for it once a log line.
+- A step whose loss or gradient is not finite, or whose loss is a spike (--spike), updates nothing, is counted and
+  named; ten in a row end the run. The device sees to it alone: the host waits for it once a log line.
 - Several processes, each with its device: torchrun --nproc_per_node=N train.py, see parallel.py.
 Left out: float16 and its loss scaling, other optimisers.
 """
@@ -25,7 +25,7 @@ import checkpoints
 import runs
 from accounting import count_params, flops_per_token, memory_plan, pair_flops_per_token, plan_lines, skeleton
 from attention import KINDS, letters_help
-from checkpoints import Progress
+from checkpoints import Kept, Progress, Source
 from configurator import UserError, build, cli, need, parse, to_toml
 from data import (
     Batch,
@@ -51,6 +51,8 @@ from sources import split_warning
 SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
 # what --init_from may change: the weights are for every value of it
 FREE = ("block_size", "window", "rope_theta", "norm_eps", "qk_gain", "value_shift", "doc_mask", "attn_backend")
+WATCHED = 20  # losses that there must be to tell a spike from them
+MEMORY = 0.02  # weight of the newest loss in their running mean and variance, once they are 50
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
 
@@ -59,7 +61,7 @@ class TrainConfig:
     """A run: data, schedule, optimiser, outputs; raises UserError, in one line, for values that cannot be."""
 
     out_dir: str = "out"  # folder of the run: checkpoints, log, configuration
-    resume: bool = False  # go on from OUT_DIR/last.pt with its configuration
+    resume: bool | str = False  # go on from OUT_DIR/last.pt with its configuration; or from the checkpoint of a path
     data: str = ""  # a text file or folder, or token shards (folder or glob); empty: this machine's standard library
     tokenizer: str = "auto"  # auto (texts: python4096, shards: none), bytes, gpt2 or another of tiktoken, a rank file
     sampling: str = "random"  # of windows: random, with replacement; or epochs, each once in an order of its own
@@ -78,7 +80,10 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW, decay of the gradient's mean
     beta2: float = 0.95  # AdamW, decay of the gradient's square
     grad_clip: float = 1.0  # largest norm of the gradient, 0 = no clipping
+    spike: float = 0.0  # skip updates whose loss is so many standard deviations above its running mean, 0 = none
     eval_interval: int = 200  # steps between evaluations, which also save
+    keep_every: int = 0  # a checkpoint of every so many steps stays, 0 = none
+    keep_last: int = 1  # and the newest ones, as many as that, last.pt with them
     eval_iters: int = 20  # batches of one evaluation, evenly spread over the validation split, 0 = all
     final_eval_iters: int = 0  # the same for the one at the end, 0 = all: the number to compare
     log_interval: int = 10  # steps between log lines
@@ -94,10 +99,10 @@ class TrainConfig:
     seed: int = 1337  # of the weights, the batches and the samples
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "keep_last"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "final_eval_iters",
-                     "sample_tokens", "seed", "learning_rate", "profile"):  # fmt: skip
+                     "sample_tokens", "seed", "learning_rate", "profile", "spike", "keep_every"):  # fmt: skip
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
         need(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "choose a value from 0 to 1")
         for name in ("beta1", "beta2"):
@@ -111,6 +116,7 @@ class TrainConfig:
         need(self, "recompute", self.recompute in ("none", "block"), "use none or block")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
         need(self, "parallel", self.parallel in ("auto", "ddp", "fsdp"), "use auto, ddp or fsdp")
+        need(self, "resume", self.resume != "", "name a checkpoint, or leave the value out to go on from last.pt")
         need(self, "out_dir", len(self.out_dir) > 0, "name a folder")
         need(self, "seed", self.seed < 2**63, "choose one below 2**63")
 
@@ -141,14 +147,33 @@ class Step(NamedTuple):
 
     loss: Tensor  # the language model's, mean over the step's batches
     grad_norm: Tensor  # before clipping
+    updated: Tensor  # 1, or 0 where the step was skipped
     norms: dict[str, Tensor]  # of each parameter's gradient
     routing: dict[str, Tensor]  # of the last batch
 
 
+def is_spike(loss: Tensor, running: Tensor, spike: float) -> Tensor:
+    """Whether a loss is more than `spike` standard deviations above the mean of `running` [3]: the number of losses,
+    their mean and their variance."""
+    count, mean, variance = running.unbind()
+    return (count >= WATCHED) & (loss > mean + spike * variance.sqrt())
+
+
+def watch(running: Tensor, loss: Tensor, updated: Tensor) -> None:
+    """Add a loss to `running` if its step was `updated`: plain mean and variance at first, exponential ones later."""
+    count, mean, variance = running.unbind()
+    part = (1 / (count + 1)).clamp(min=MEMORY)
+    away = loss - mean
+    added = torch.stack((count + 1, mean + part * away, (1 - part) * (variance + part * away.square())))
+    running.copy_(torch.where(updated, added, running))
+
+
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]],
-               grad_clip: float, autocast: torch.autocast, ranks: Ranks = ALONE) -> Step:  # fmt: skip
+               grad_clip: float, autocast: torch.autocast, ranks: Ranks = ALONE, spike: float = 0.0,
+               running: Tensor | None = None) -> Step:  # fmt: skip
     """Forward and backward of every batch, one update with the mean of their gradients, clipped to `grad_clip`; none
-    where the loss or the norm is not finite. The host does not wait for any of it."""
+    where the loss or the norm is not finite, or where with a `spike` the loss is one beside those of `running`, see
+    `is_spike`. The host does not wait for any of it."""
     losses = []
     for i, (idx, targets) in enumerate(batches, 1):
         with accumulates(model, last=i == len(batches)):
@@ -163,14 +188,18 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if grad_clip:
         nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
-    sound = loss.isfinite() & norm.isfinite()
+    updated = loss.isfinite() & norm.isfinite()
+    if spike:
+        updated = updated & ~is_spike(loss, running, spike)
+        watch(running, loss, updated)
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = 1.0 - sound.float()  # a fused kernel updates nothing where this is 1, and nobody waits
+        optimizer.found_inf = 1.0 - updated.float()  # a fused kernel updates nothing where this is 1, and nobody waits
         optimizer.step()
-    elif sound:
+    elif updated:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Step(loss, norm, dict(zip(grads, norms, strict=True)), dict(zip(output.routing, routing, strict=True)))
+    named_norms, named_routing = dict(zip(grads, norms, strict=True)), dict(zip(output.routing, routing, strict=True))
+    return Step(loss, norm, updated.float(), named_norms, named_routing)
 
 
 @torch.no_grad()
@@ -207,7 +236,16 @@ def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], autocast: torch.autocas
     return not ranks.any(not sound)
 
 
-def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, dict | None, list[str]]:
+def unsound(model: Hydra, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], autocast: torch.autocast,
+            ranks: Ranks) -> str:  # fmt: skip
+    """What of a run is not finite, so that it must not be saved: a weight, a moment or the loss; empty where all is."""
+    name = checkpoints.not_finite(model, optimizer, ranks)
+    if not name and not is_sound(model, batch, autocast, ranks):
+        return "the loss"
+    return name
+
+
+def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, Source | None, Source | None, list[str]]:
     """Defaults < a checkpoint's (--resume, --init_from) < files and options -> the two configurations, the checkpoint
     to go on from, the one to take the weights from, and what is to be said about it."""
     kinds = HydraConfig, TrainConfig
@@ -216,17 +254,25 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, d
     if where.init_from and not where.resume:
         path = checkpoints.weights_path(where.init_from)
         parts = {"model_config": HydraConfig, "train_config": TrainConfig}
-        source, notes = checkpoints.load_checkpoint(path, parts, option="init_from")
-        base = source["model_config"] | {"tokenizer": source["train_config"]["tokenizer"]}
-        return *build(given, *kinds, base=base), None, source, notes
+        other, notes = checkpoints.load_checkpoint(path, parts, option="init_from")
+        base = other["model_config"] | {"tokenizer": other["train_config"]["tokenizer"]}
+        return *build(given, *kinds, base=base), None, Source(path, other), notes
     if not where.resume:
         return *build(given, *kinds), None, None, []
-    checkpoint, notes = checkpoints.resumable(Path(where.out_dir), given, *kinds)
-    stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir, "profile": 0}
+    path = Path(where.out_dir, "last.pt")
+    if isinstance(where.resume, str):
+        path = Path(where.resume).expanduser()
+        path = path / "last.pt" if path.is_dir() else path
+    checkpoint, notes = checkpoints.resumable(path, given, *kinds)
+    out_dir = given.get("out_dir", str(path.parent))
+    if path != Path(out_dir, "last.pt"):
+        notes.append(f"going on from {path}, step {checkpoint['step']}: what {out_dir} has of later steps is replaced "
+                     "by and by")  # fmt: skip
+    stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": out_dir, "profile": 0}
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
     config, run = build(given | {"resume": False}, *kinds, base=stored)
-    return config, run, checkpoint, None, notes
+    return config, run, Source(path, checkpoint), None, notes
 
 
 def step_work(config: HydraConfig, run: TrainConfig) -> tuple[int, float]:
@@ -276,17 +322,19 @@ def check_source(config: HydraConfig, source: dict, run: TrainConfig, tokenizer:
                         f"{', '.join('--' + name for name in changed)}")  # fmt: skip
 
 
-def begin(model: Hydra, optimizer: torch.optim.Optimizer, checkpoint: dict | None, source: dict | None,
-          run: TrainConfig, ids: dict[str, str]) -> Progress:  # fmt: skip
+def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Source | None, initial: Source | None,
+          run: TrainConfig, ids: dict[str, str], ranks: Ranks) -> Progress:  # fmt: skip
     """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
-    if checkpoint:
-        path = Path(run.out_dir, "last.pt")
-        checkpoints.check_text(checkpoint, ids, path.parent, run.data)
-        checkpoints.restore(path, checkpoint, model, optimizer)
-        return Progress.of(checkpoint)
     if source:
-        check_source(model.config, source, run, ids["tokenizer"])
-        checkpoints.load_weights(model, source, checkpoints.weights_path(run.init_from))
+        checkpoints.check_text(source.parts, ids, source.path.parent, run.data)
+        checkpoints.restore(source.path, source.parts, model, optimizer, ranks)
+        progress = Progress.of(source.parts)
+        if source.path.name != "last.pt" and source.is_in(run.out_dir):
+            progress.best = min(progress.best, checkpoints.best_loss(Path(run.out_dir)))  # may be of a later step
+        return progress
+    if initial:
+        check_source(model.config, initial.parts, run, ids["tokenizer"])
+        checkpoints.load_weights(model, initial.parts, initial.path, ranks)
     return Progress()
 
 
@@ -344,12 +392,12 @@ def print_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch
 
 @ends_together()
 def main(argv: list[str]) -> int:
-    config, run, checkpoint, source, notes = configure(argv)
+    config, run, source, initial, notes = configure(argv)
     ranks, device = join(run.parallel, run.device)
     if run.plan:
         return print_plan(config, run)
     if ranks.any(restarted()) and ranks.first(checkpoints.has_begun(config, run)):
-        config, run, checkpoint, source, notes = configure([*argv, "--resume"])
+        config, run, source, initial, notes = configure([*argv, "--resume", f"--out_dir={run.out_dir}"])
     out = Path(run.out_dir)
     rows = ranks.rows(run.batch_size)
 
@@ -376,25 +424,30 @@ def main(argv: list[str]) -> int:
     trained = distribute(model, ranks, machine.device, machine.dtype)
     backends = model.backends(machine.compiled, grad=True)
     optimizer = make_optimizer(model, run)
-    progress = begin(model, optimizer, checkpoint, source, run, ids)
-    del source  # as large as the model
+    progress = begin(model, optimizer, source, initial, run, ids, ranks)
+    del initial  # as large as the model
+    running = torch.tensor(progress.running, device=machine.device)  # losses, for --spike
     # at the first step of this run
-    evaluates = not checkpoint or progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
+    evaluates = not source or progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
     first_step = progress.step
+    begins = first_step if source and source.is_in(run.out_dir) else None
+    replaced = begins if source and source.path.name == "last.pt" else None  # the step of OUT_DIR's last.pt
+    kept_ones = Kept(run.keep_every, run.keep_last)
 
     def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        progress.running = running.tolist()
         configs = {"model_config": asdict(config), "train_config": asdict(run)}
-        checkpoints.save_run(out / name, configs | ids | asdict(progress), model, optimizer, ranks)
+        content = configs | ids | asdict(progress)
+        checkpoints.save_run(out / name, content, model, optimizer, ranks, kept_ones, replaced)
 
     # ---- the run's folder; say what was chosen and why
-    begins = first_step if checkpoint else None
     log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
     facts = {"corpus": corpus.description, **ids, **machine.facts, **model_facts(config, backends)}
     notes += warnings_of(corpus, config)
     said = [to_toml(config, run), aside, *notes, *(f"{name}: {fact}" for name, fact in facts.items())]
     print("\n".join(said), flush=True)
-    log.start(first_step, bool(checkpoint), facts | {
+    log.start(first_step, bool(source), facts | {
         "config": asdict(config) | asdict(run), "parameters": count_params(config), "matmul_peak": machine.peak,
         "datasheet_peak": machine.listed_peak, "flops_per_token": flops_per_step / tokens_per_step})  # fmt: skip
 
@@ -404,22 +457,29 @@ def main(argv: list[str]) -> int:
     signals = runs.stop_on_signals()
     began = time.perf_counter()
     steps: list[Step] = []  # that are not read yet
+    numbers = {"loss": 0.0}  # of the latest one that was read
+    lost = ""  # what is not finite
     profile = runs.Profile(run.profile if ranks.rank == 0 else 0, out, machine.device)
     while True:
         step = progress.step
         final = step >= run.max_iters
         due = final or step % run.eval_interval == 0
         stop = ranks.any(signals)
-        if steps and (due or stop):
-            runs.settle(steps, run.grad_clip, progress, log)
+        saves = due or stop or kept_ones.stays(step)
+        if steps and saves:
+            numbers, _ = runs.settle(steps, run.grad_clip, progress, log)
         if final or stop or progress.streak >= runs.MAX_BAD:
             profile.finish()
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
         if progress.streak >= runs.MAX_BAD:
-            return log.give_up(step, f"{progress.streak} steps in a row were not finite", kept)
-        if (due or stop) and step > first_step:
-            if is_sound(model, batches(step)[0], machine.autocast(), ranks):
+            return log.give_up(step, f"{progress.streak} steps in a row were not finite, or spikes", kept)
+        if saves and step > first_step:
+            lost = unsound(model, optimizer, batches(step)[0], machine.autocast(), ranks)
+            if lost:
+                log.unsaved(step, lost, kept)
+            else:
                 save("last.pt", optimizer)
+                replaced = step
                 kept = f"saved in {out}"
         if stop:
             print(f"stopped at step {step}, {kept}: go on with --resume --out_dir={run.out_dir}", flush=True)
@@ -427,9 +487,10 @@ def main(argv: list[str]) -> int:
         if due:
             with machine.autocast():
                 found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks)
-            best = found["val_loss"] < progress.best
+            best = not lost and found["val_loss"] < progress.best
             log.evaluation({"step": step, **found, "best": best})
-            progress.best = min(progress.best, found["val_loss"])
+            if best:
+                progress.best = found["val_loss"]
             if best and step > 0:
                 save("best.pt")
             if run.sample_tokens and corpus.enc and ranks.samples and math.isfinite(found["val_loss"]):
@@ -442,7 +503,8 @@ def main(argv: list[str]) -> int:
             start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, run)
-        steps.append(train_step(trained, optimizer, batches(step), run.grad_clip, machine.autocast(), ranks))
+        steps.append(train_step(trained, optimizer, batches(step), run.grad_clip, machine.autocast(), ranks, run.spike,
+                                running))  # fmt: skip
         progress.step += 1
         if step > 0 and progress.step % run.log_interval > 0:
             continue
@@ -461,7 +523,11 @@ def main(argv: list[str]) -> int:
     with machine.autocast():
         found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks)
     found = {"step": progress.step, **found, "peak_memory": peak_memory(machine.device)}
-    log.final(found, run.final_eval_iters, time.perf_counter() - began, run.out_dir)
+    if not math.isfinite(found["val_loss"]) or not math.isfinite(numbers["loss"]):
+        lost = lost or "the loss"
+    log.final(found, run.final_eval_iters, time.perf_counter() - began, "" if lost else run.out_dir)
+    if lost:
+        return log.give_up(progress.step, f"the run ended and {lost} is not finite", kept)
     return 0
 
 

@@ -97,6 +97,26 @@ def test_flag_consumes_only_a_bool(toml):
     assert parse(["--compile", toml("dim = 2")], Shape, Run) == {"compile": True, "dim": 2}
 
 
+@dataclass(frozen=True)
+class Switch:
+    resume: bool | str = False  # a switch, or a path
+    dim: int = 1  # width
+
+
+def test_a_switch_is_a_bool_or_a_text(toml):
+    for argv, value in ((["--resume"], True), (["--resume=No"], False), (["--resume", "true"], True),
+                        (["--resume=a/b.pt"], "a/b.pt"), (["--resume", "a/b.pt", "--dim=2"], "a/b.pt"),
+                        (["--resume", "--dim=2"], True), (["--resume", toml("dim = 2")], True),
+                        ([toml("resume = true", "b.toml")], True), (["--resume="], ""),
+                        ([toml('resume = "true"', "c.toml")], "true")):  # fmt: skip
+        given = parse(argv, Switch)
+        assert same(given["resume"], value), argv
+        (built,) = build(given, Switch)
+        assert build(parse([toml(to_toml(built), "d.toml")], Switch), Switch) == (built,)
+    with pytest.raises(UserError, match="resume = 3 is not a bool or a str: give true, false or"):
+        parse([toml("resume = 3")], Switch)
+
+
 def test_only_given_keys():
     assert parse([], Shape, Run) == {}
     assert parse(["--dim=384"], Shape, Run) == {"dim": 384}

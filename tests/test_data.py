@@ -1,6 +1,7 @@
 """data.py: round trips, the token files and their errors, batches, evaluation windows. CPU, no network."""
 
 import base64
+import hashlib
 import math
 import os
 
@@ -149,8 +150,9 @@ def test_header(tmp_path):
     path = token_file(tmp_path / "t.bin", [1, 2, 256])
     raw = path.read_bytes()
     assert raw.startswith(b"HYDRATOK{") and len(raw) == 1024 + 3 * 2 and raw[1024:] == b"\1\0\2\0\0\1"
-    meta = data.json.loads(raw[8:1024])
-    assert len(meta.pop("tokenizer_hash")) == 64
+    meta = data.json.loads(raw[8:960])
+    assert len(meta.pop("tokenizer_hash")) == 64 and meta.pop("sha256") == hashlib.sha256(raw[1024:]).hexdigest()
+    assert raw[960:1024] == hashlib.sha256(raw[:960]).hexdigest().encode()
     assert meta == {"version": data.VERSION, "dtype": "uint16", "tokenizer": "bytes", "vocab_size": 257, "tokens": 3,
                     "source": "source"}
     wide = data.make_encoding("wide", "(?s:.)", {i.to_bytes(3, "big"): i for i in range(70_000)})
@@ -178,10 +180,12 @@ def test_a_crash_while_writing_leaves_nothing(folder, tmp_path, monkeypatch):
     (lambda raw: raw[:500], "within its header"),
     (lambda raw: b"", "empty file"),
     (lambda raw: b"PK" + raw[2:], "not a token file"),
-    (lambda raw: raw.replace(b'"version": 2', b'"version": 9'), "version 9"),
+    (lambda raw: raw.replace(b'"version": 3', b'"version": 9'), "version 9"),
+    (lambda raw: raw.replace(b'"source": "source"', b'"source": "sauces"'), "damaged header"),
+    (lambda raw: raw[:1024] + b"\7" + raw[1025:], "damaged, its ids have another hash"),
+    (lambda raw: data.sealed(raw[:960].replace(b'"tokens": 3', b'"tokens": 1'))[:1024] + raw[1024:1026], "too short"),
     (lambda raw: raw.replace(b"uint16", b"int-16"), "damaged header"),
     (lambda raw: raw[:20] + b"\xff" + raw[21:], "damaged header"),
-    (lambda raw: raw.replace(b'"tokens": 3', b'"tokens": 1')[:1026], "too short"),
 ])
 def test_bad_token_files(damage, reason, tmp_path):
     path = token_file(tmp_path / "t.bin", [1, 2, 3])

@@ -300,7 +300,7 @@ def test_a_sharded_checkpoint_is_whole_before_it_is_named(alone, tmp_path, monke
     model, trained, optimizer, batches = tiny("fsdp")
     ranks = Ranks("fsdp")
     path = tmp_path / "last.pt"
-    config = {"model_config": {}, "train_config": {}, "fingerprint": "", "tokenizer": ""}
+    config = {"model_config": {}, "train_config": {"tokenizer": "bytes"}, "fingerprint": "", "tokenizer": ""}
 
     def save(step: int) -> None:
         train.train_step(trained, optimizer, batches, 1.0, torch.autocast("cpu", enabled=False), ranks)

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit_the_configuration_are_one_line(tmp_path):
     content["model_config"]["mlp_ratio"] = 20.0
     torch.save(content, out / "last.pt")
     for call, args in ((train.main, ["--resume", "--max_iters=3"]), (sample.main, ["--checkpoint=last"])):
-        with pytest.raises(UserError, match="last.pt: its weights do not fit its configuration .size mis") as error:
+        with pytest.raises(UserError, match="last.pt does not fit its configuration .*gate_up.weight is") as error:
             call([f"--out_dir={out}", *args])
         assert "\n" not in str(error.value)
 
@@ -257,7 +257,9 @@ class Options:
 
 
 def stored(**parts) -> dict:
-    return dict.fromkeys((*checkpoints.PARTS, "model", "optimizer", *vars(checkpoints.Progress())), 0) | parts
+    whole = {"model_config": {}, "train_config": {"tokenizer": "bytes"}, "fingerprint": "", "tokenizer": "",
+             "model": {}, "optimizer": {}}  # fmt: skip
+    return whole | asdict(checkpoints.Progress()) | parts
 
 
 def test_a_checkpoint_is_fitted_to_the_options_of_today(tmp_path):
@@ -409,14 +411,14 @@ def test_another_model_cannot_be_resumed_but_another_core_can(tmp_path):
                      train_config={"tokenizer": "gpt2", "init_from": "", "max_iters": 8}, step=5)  # fmt: skip
     torch.save(content, tmp_path / "last.pt")
     for given in ({}, {"dim": 2}, {"attn_backend": "sdpa"}, {"tokenizer": "gpt2", "max_iters": 9}):
-        found, notes = checkpoints.resumable(tmp_path, given, Model, Run)
+        found, notes = checkpoints.resumable(tmp_path / "last.pt", given, Model, Run)
         assert found["model_config"]["dim"] == 2 and notes == []
     for given, words in (({"dim": 1}, "dim=1: the run in .* has 2"), ({"tokenizer": "bytes"}, "has 'gpt2'")):
         with pytest.raises(UserError, match=words + ", which --resume cannot change"):
-            checkpoints.resumable(tmp_path, given, Model, Run)
-    assert checkpoints.resumable(tmp_path, {"max_iters": 5}, Model, Run)[0]["step"] == 5
+            checkpoints.resumable(tmp_path / "last.pt", given, Model, Run)
+    assert checkpoints.resumable(tmp_path / "last.pt", {"max_iters": 5}, Model, Run)[0]["step"] == 5
     with pytest.raises(UserError, match="max_iters=4: the run in .* is at step 5: ask for more"):
-        checkpoints.resumable(tmp_path, {"max_iters": 4}, Model, Run)
+        checkpoints.resumable(tmp_path / "last.pt", {"max_iters": 4}, Model, Run)
 
 
 def test_a_changed_text_or_tokenizer_is_named(tmp_path):

@@ -849,7 +849,8 @@ def test_a_step_never_waits_for_its_numbers(changes):
     optimizer = train.make_optimizer(model, TrainConfig())
     idx = torch.randint(0, 257, (2, 32))
     with Seen() as seen:
-        train.train_step(model, optimizer, [(idx, idx)] * 2, 1.0, torch.autocast("cpu", enabled=False))
+        train.train_step(model, optimizer, [(idx, idx)] * 2, 1.0, torch.autocast("cpu", enabled=False), spike=3.0,
+                         running=torch.zeros(3))  # fmt: skip
     assert not seen.names & waits and "_fused_adamw_" in seen.names
 
 
