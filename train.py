@@ -50,7 +50,8 @@ from sources import split_warning
 
 SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
 # what --init_from may change: the weights are for every value of it
-FREE = ("block_size", "window", "rope_theta", "norm_eps", "qk_gain", "value_shift", "doc_mask", "attn_backend")
+FREE = ("block_size", "window", "rope_theta", "rope_fraction", "norm_eps", "qk_gain", "ccqa_norm", "value_shift",
+        "doc_mask", "attn_backend")  # fmt: skip
 WATCHED = 20  # losses that there must be to tell a spike from them
 MEMORY = 0.02  # weight of the newest loss in their running mean and variance, once they are 50
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
