@@ -15,7 +15,6 @@ import hashlib
 import os
 import platform
 import re
-import sys
 import sysconfig
 import threading
 import time
@@ -30,13 +29,13 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from configurator import UserError, say
+from files import is_run_file
 from formats import CHUNK, TextFile, Unfit, inspect, is_token_file, pieces
 
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
 MOST_CORES = 16
-RUN_FILES = {"config.toml", "log.jsonl", "last.pt", "best.pt", "trace.json", "memory.pickle"}
 HIDDEN, WRITTEN, LINKED = "hidden", "with a run or a cache in it", "links to what is above, elsewhere or seen"
 NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or stripped
@@ -125,7 +124,7 @@ def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (
                 skipped.add(Unfit("broken links and devices"), name)
             elif linked and not follow and not Path(entry.path).resolve().is_relative_to(root):
                 skipped.add(Unfit(LINKED), name)
-            elif not (written and entry.name in RUN_FILES):
+            elif not (written and is_run_file(entry.name)):
                 names.append(name)
     return sorted(names)
 
@@ -384,5 +383,5 @@ def encode(part: Part, enc: tiktoken.Encoding) -> Iterator[np.ndarray]:
             now = time.monotonic()
             if now - shown >= PROGRESS_SECONDS:
                 shown, rate = now, done / (now - began)
-                print(f"tokens: {done / 1e6:.0f} of {part.size / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-                      f"{(part.size - done) / rate:.0f} s left", file=sys.stderr, flush=True)  # fmt: skip
+                say(f"tokens: {done / 1e6:.0f} of {part.size / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
+                    f"{(part.size - done) / rate:.0f} s left", error=True)  # fmt: skip

@@ -12,6 +12,7 @@ Left out: float16 and its loss scaling, other optimisers.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from attention import KINDS, letters_help
 from checkpoints import Progress
 from configurator import UserError, build, cli, need, parse, to_toml
 from data import Batch, Corpus, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
+from files import remove_leftovers
 from generate import continue_text
 from layers import IGNORE
 from machine import DTYPES, Machine, Prefetch, choose_machine, peak_memory, total_memory
@@ -159,13 +161,17 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
 
 @torch.no_grad()
 def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_size: int, batches: int,
-             device: torch.device, ranks: Ranks = ALONE) -> dict[str, float]:  # fmt: skip
+             device: torch.device, ranks: Ranks = ALONE,
+             stop: list[int] | None = None) -> dict[str, float]:  # fmt: skip
     """val_loss (mean nats per token) and, where bytes are known, val_bpb (bits per byte) over `batches` batches of
-    `tokens`, 0 = over all of it; with routers what they did by the causal rule in the last one."""
+    `tokens`, 0 = over all of it; with routers what they did by the causal rule in the last one. Raises runs.Stopped
+    before a batch where `stop` has something on some rank."""
     model.eval()
     nats, count, size = 0.0, 0, 0
     rows = ranks.rows(batch_size)
     for x, y in eval_batches(tokens, batch_size, model.config.block_size, batches):
+        if stop is not None and ranks.any(stop):
+            raise runs.Stopped
         targets = y[rows][y[rows] != IGNORE]
         output = model(x[rows].to(device), y[rows].to(device))
         if len(targets) > 0:  # else these rows are behind the last window
@@ -191,7 +197,7 @@ def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], autocast: torch.autocas
     return not ranks.any(not sound)
 
 
-def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, list[str]]:
+def configure(argv: list[str], session: runs.Session) -> tuple[HydraConfig, TrainConfig, dict | None, list[str]]:
     """Defaults < the checkpoint's (--resume) < files and options -> the two configurations, the checkpoint to go on
     from, and what is to be said about it."""
     kinds = HydraConfig, TrainConfig
@@ -204,6 +210,9 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
         return *build(given, *kinds, base=base), None, notes
     if not where.resume:
         return *build(given, *kinds), None, []
+    if not given.get("plan") and Path(where.out_dir).is_dir():
+        session.take(Path(where.out_dir))
+        runs.check_resumable(Path(where.out_dir))
     checkpoint, notes = checkpoints.resumable(Path(where.out_dir), given, *kinds)
     stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": where.out_dir, "profile": 0}
     if not launched():
@@ -229,6 +238,7 @@ def step_batches(tokens: np.ndarray | Tokens, config: HydraConfig, run: TrainCon
 
 def read_corpus(config: HydraConfig, run: TrainConfig) -> Corpus:
     """What a run trains on; UserError where its tokens do not tell what the run must know of them."""
+    remove_leftovers(Path(run.cache_dir))
     corpus = prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir, run.val_fraction, run.val_data,
                      run.text_field, config.vocab_size)  # fmt: skip
     if config.doc_mask and not corpus.enc:
@@ -287,21 +297,24 @@ def model_facts(config: HydraConfig, backends: dict[str, tuple[str, str]]) -> di
     return facts
 
 
-def print_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch.autocast) -> None:
+def say_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch.autocast,
+               say: Callable[[str], None]) -> None:  # fmt: skip
     with autocast:
         text = continue_text(model, enc, run.sample_prompt, run.sample_tokens, run.seed + step)
-    print("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30, flush=True)
+    say("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30)
 
 
-@ends_together()
-def main(argv: list[str]) -> int:
-    config, run, checkpoint, notes = configure(argv)
+def run_training(argv: list[str], session: runs.Session) -> int:
+    """A run from its beginning to its end -> its exit code."""
+    config, run, checkpoint, notes = configure(argv, session)
     ranks, device = join(run.parallel, run.device)
     if run.plan:
         return print_plan(config, run)
     if ranks.any(restarted()) and ranks.first(checkpoints.has_begun(config, run)):
-        config, run, checkpoint, notes = configure([*argv, "--resume"])
+        config, run, checkpoint, notes = configure([*argv, "--resume"], session)
     out = Path(run.out_dir)
+    if out.is_dir():
+        session.take(out)  # before the work of preparing it, in which nothing of it is touched
     rows = ranks.rows(run.batch_size)
 
     # ---- machine
@@ -338,12 +351,13 @@ def main(argv: list[str]) -> int:
 
     # ---- the run's folder; say what was chosen and why
     begins = first_step if checkpoint else None
-    log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks)
+    session.begin()
+    log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks, session)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
     facts = {"corpus": corpus.description, **ids, **machine.facts, **model_facts(config, backends)}
     notes += warnings_of(corpus, config)
     said = [to_toml(config, run), aside, *notes, *(f"{name}: {fact}" for name, fact in facts.items())]
-    print("\n".join(said), flush=True)
+    session.say("\n".join(said))
     log.start(first_step, bool(checkpoint), facts | {
         "config": asdict(config) | asdict(run), "parameters": count_params(config), "matmul_peak": machine.peak,
         "datasheet_peak": machine.listed_peak, "flops_per_token": flops_per_step / tokens_per_step})  # fmt: skip
@@ -351,39 +365,43 @@ def main(argv: list[str]) -> int:
     # ---- the loop: save, evaluate, sample, step
     if machine.compiled:
         model.compile_training()
-    signals = runs.stop_on_signals()
     began = time.perf_counter()
     steps: list[Step] = []  # that are not read yet
-    profile = runs.Profile(run.profile if ranks.rank == 0 else 0, out, machine.device)
+    profile = runs.Profile(run.profile if ranks.rank == 0 else 0, out, machine.device, session.say)
     while True:
         step = progress.step
         final = step >= run.max_iters
         due = final or step % run.eval_interval == 0
-        stop = ranks.any(signals)
-        if steps and (due or stop):
+        stop, asked = ranks.total([len(session.stop), len(session.save)])  # asked: to save
+        if steps and (due or stop or asked):
             runs.settle(steps, run.grad_clip, progress, log)
         if final or stop or progress.streak >= runs.MAX_BAD:
             profile.finish()
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
         if progress.streak >= runs.MAX_BAD:
             return log.give_up(step, f"{progress.streak} steps in a row were not finite", kept)
-        if (due or stop) and step > first_step:
+        if (due or stop or asked) and step > first_step:
+            session.save.clear()
             if is_sound(model, batches(step)[0], machine.autocast(), ranks):
                 save("last.pt", optimizer)
                 kept = f"saved in {out}"
+            if asked:
+                session.say(f"step {step:5d} | {kept}")
+        session.farewell = f"stopped at step {step}, {kept}: go on with --resume --out_dir={run.out_dir}"
         if stop:
-            print(f"stopped at step {step}, {kept}: go on with --resume --out_dir={run.out_dir}", flush=True)
-            return 130
+            raise runs.Stopped
         if due:
-            with machine.autocast():
-                found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks)
+            with session.saved(), machine.autocast():
+                found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks,
+                                 session.stop)  # fmt: skip
             best = found["val_loss"] < progress.best
             log.evaluation({"step": step, **found, "best": best})
             progress.best = min(progress.best, found["val_loss"])
             if best and step > 0:
                 save("best.pt")
             if run.sample_tokens and corpus.enc and ranks.samples and math.isfinite(found["val_loss"]):
-                print_sample(model, corpus.enc, run, step, machine.autocast())
+                with session.saved():
+                    say_sample(model, corpus.enc, run, step, machine.autocast(), session.say)
         if final:
             break
 
@@ -408,11 +426,24 @@ def main(argv: list[str]) -> int:
         progress.clipped = progress.counted = 0
 
     # ---- the number to compare
-    with machine.autocast():
-        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks)
+    with session.saved(), machine.autocast():
+        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks,
+                         session.stop)  # fmt: skip
     found = {"step": progress.step, **found, "peak_memory": peak_memory(machine.device)}
     log.final(found, run.final_eval_iters, time.perf_counter() - began, run.out_dir)
     return 0
+
+
+@ends_together()
+def main(argv: list[str]) -> int:
+    """A run by its command line -> its exit code. From any thread; it gives back what it has of the process."""
+    session = runs.Session()
+    try:
+        with session:
+            return run_training(argv, session)
+    except runs.Stopped:
+        session.say(session.farewell)
+        return session.code
 
 
 if __name__ == "__main__":
