@@ -114,6 +114,8 @@ def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (
             name, linked = prefix + entry.name, entry.is_symlink()
             if entry.name.startswith("."):
                 skipped.add(Unfit(HIDDEN), name)
+            elif written and is_run_file(entry.name):
+                continue
             elif entry.is_dir():
                 path = os.path.realpath(entry.path) if linked else os.path.join(real, entry.name)
                 if linked and not follow:
@@ -124,7 +126,7 @@ def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (
                 skipped.add(Unfit("broken links and devices"), name)
             elif linked and not follow and not Path(entry.path).resolve().is_relative_to(root):
                 skipped.add(Unfit(LINKED), name)
-            elif not (written and is_run_file(entry.name)):
+            else:
                 names.append(name)
     return sorted(names)
 
