@@ -9,6 +9,8 @@ Left out: exec, tables, lists, None, environment variables.
 """
 
 import difflib
+import errno
+import gc
 import glob
 import inspect
 import io
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import get_type_hints
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # what a stdout's print may raise
 REPEATED = tuple[str, ...]
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EXPECTED = {
@@ -239,10 +242,15 @@ def cli(main: Callable[[list[str]], int | None]) -> None:
     """Run `main(sys.argv[1:])` as the program: a UserError is one line and exit code 2, Ctrl-C is exit code 130; what
     was printed and cannot be written is 1."""
     open_streams()
+    problem = None
     try:
         code = main(sys.argv[1:]) or 0
     except BrokenPipeError:  # the reader, such as head, has seen enough
         code = 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        problem, code = error, 0
     except UserError as error:
         say(f"error: {error}", error=True)
         code = 2
@@ -250,9 +258,10 @@ def cli(main: Callable[[list[str]], int | None]) -> None:
         code = 130
     except SystemExit as end:  # --help
         code = end.code or 0
-    problem = flush_stdout()
+    problem = flush_stdout() or problem
     if problem and not code:
         code = 1
         if not isinstance(problem, ConnectionError):
             say(f"error: the output cannot be written ({problem.strerror})", error=True)
+    gc.freeze()  # Python would look through all that torch has made for cycles, which takes it a second
     sys.exit(code)

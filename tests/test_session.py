@@ -414,7 +414,9 @@ def shell(code: str, redirection: str) -> subprocess.CompletedProcess:
     ("say('text') and 7", "> /dev/full", 7, ""),
     ("say('text' * 9999) or 141", "| true; exit ${PIPESTATUS[0]}", 141, ""),
     ("[print('text' * 99) for _ in range(9999)]", "| head -1 > /dev/null; exit ${PIPESTATUS[0]}", 1, ""),
-    ("sys.stdout.close()", "", 0, ""),
+    ("sys.stdout.close()", "", 0, ""), ("print('text' * 9999)", "| true; exit ${PIPESTATUS[0]}", 1, ""),
+    ("sys.stdout.reconfigure(line_buffering=True) or print('text')", "> /dev/full", 1,
+     "error: the output cannot be written (No space left on device)\n"),
 ])  # fmt: skip
 def test_a_program_s_streams_may_be_anything(code, redirection, expected, words):
     done = shell(code, redirection)
@@ -442,7 +444,7 @@ def test_a_folder_that_another_process_has_is_refused_by_its_name_until_it_dies(
                               stdout=subprocess.PIPE)  # fmt: skip
     holder.stdout.readline()
     (out / "last.pt").write_bytes(b"half")  # which would be said of a checkpoint that is read
-    words = rf"run': process {holder.pid} on .*, since 20\d\d-.* has it: wait for it or stop it, or choose another folder"
+    words = rf"run': process {holder.pid} on .*, since 20\d\d-.* has it: wait for it or stop it, or choose another fol"
     for more in ([], ["--resume"]):
         with pytest.raises(UserError, match=words) as error:
             train.main([*options(tmp_path, "run"), *more])
@@ -474,10 +476,11 @@ def test_two_runs_at_once_leave_one_run(tmp_path, monkeypatch, straight):
     assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "config.toml", "last.pt", "log.jsonl"]
 
 
-def test_a_plan_looks_at_a_run_that_goes_on(tmp_path, capsys):
+def test_a_plan_looks_at_a_run_that_goes_on(tmp_path, monkeypatch):
     train.main(options(tmp_path, "run", max_iters=1))
     lock = Lock()
     lock.take(tmp_path / "run")
+    monkeypatch.setattr(train, "print_plan", lambda config, run: 0)  # which takes seconds
     assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--plan"]) == 0
     lock.release()
 
@@ -585,6 +588,7 @@ def test_setting_aside_may_be_interrupted_anywhere(tmp_path, monkeypatch, links,
     def link(*args, **keys):
         raise OSError(errno.EPERM, "Operation not permitted")
 
+    monkeypatch.setattr(os, "fsync", lambda number: None)  # it is counted, too, and slow
     if not links:
         monkeypatch.setattr(os, "link", link)
     seen = set()
