@@ -2,7 +2,8 @@
 
 - AdamW (fused), linear warmup and cosine, clipping by the global norm, gradient accumulation, bf16 autocast.
 - OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
-- Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU.
+- Ctrl-C, SIGTERM, SIGHUP and a reader that goes away save and leave, SIGUSR1 saves and goes on; --resume goes on from
+  last.pt, bit for bit on a CPU.
 - Routed models (routing.py) train with their auxiliary losses added; `loss` in the log is the language model's alone.
 - A step whose loss or gradient is not finite updates nothing, is counted and named; ten in a row end the run. The
   device sees to it alone: the host waits for it once a log line.
