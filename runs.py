@@ -1,5 +1,5 @@
-"""The folder of a run: its log, what becomes of an earlier run, profiles; and what a run borrows of its process: signals,
-streams, the folder's lock. Its checkpoints: checkpoints.py.
+"""The folder of a run: its log, what becomes of an earlier run, profiles; and what a run borrows of its process:
+signals, streams, the folder's lock. Its checkpoints: checkpoints.py.
 
 log.jsonl has a header for every start, then a JSON object a line.
 """

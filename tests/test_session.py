@@ -435,8 +435,8 @@ input()
 
 
 @pytest.mark.faults
-def test_a_folder_that_another_process_has_is_refused_by_its_name_until_it_dies(tmp_path, capsys):
-    """Whether it ends by itself or is killed; nothing of the folder is touched or read."""
+def test_a_folder_that_another_process_has_is_refused_by_its_name_until_it_dies(tmp_path, monkeypatch):
+    """Nothing of the folder is touched or read, nor is a text prepared in vain."""
     out = tmp_path / "run"
     train.main(options(tmp_path, "run", max_iters=1))
     before = contents(out)
@@ -444,11 +444,13 @@ def test_a_folder_that_another_process_has_is_refused_by_its_name_until_it_dies(
                               stdout=subprocess.PIPE)  # fmt: skip
     holder.stdout.readline()
     (out / "last.pt").write_bytes(b"half")  # which would be said of a checkpoint that is read
+    prepared = at_call(monkeypatch, train, "prepare", 0, None)
     words = rf"run': process {holder.pid} on .*, since 20\d\d-.* has it: wait for it or stop it, or choose another fol"
     for more in ([], ["--resume"]):
         with pytest.raises(UserError, match=words) as error:
             train.main([*options(tmp_path, "run"), *more])
         assert "\n" not in str(error.value) and str(out) in str(error.value)
+    assert prepared == []
     (out / "last.pt").write_bytes(before["last.pt"])
     found = contents(out)
     assert found.pop(".lock").startswith(b"process") and found == before and not list(out.glob("run-*"))
