@@ -45,7 +45,6 @@ from parallel import (
 
 PARTS = {"model_config": dict, "train_config": dict, "fingerprint": str, "tokenizer": str, "step": int, "best": float}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter
-KEPT = ("step-*.pt", "shards-*")  # patterns of the files and folders beside last.pt and best.pt
 CHUNK = 1 << 22  # bytes that are read at once
 FOLDER = 0x10  # the attribute of an archive's entry for which torch's reader gives memory that nothing was read into
 # what reading a foreign file can raise

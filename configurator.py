@@ -3,14 +3,17 @@
 The keys are the fields of plain dataclasses of int, float, bool, str, bool | str (a switch that may be a path) and
 tuple[str, ...], an option that may be given several times; a field's trailing comment is its --help text. `parse` reads
 files and options into a dict, `build` makes the dataclasses of it, `to_toml` writes a file that `parse` reads back to
-the same values, `cli` runs a main function.
+the same values, `cli` runs a main function; what a run says goes through `say`.
 Unknown keys and wrong types are a UserError; a programmer's mistake is a TypeError.
 Left out: exec, tables, lists, None, environment variables.
 """
 
 import difflib
+import errno
+import gc
 import glob
 import inspect
+import io
 import json
 import math
 import os
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import get_type_hints
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # what a stdout's print may raise
 REPEATED = tuple[str, ...]
 SWITCH = bool | str
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -208,18 +212,63 @@ def help_text(types: tuple[type, ...], doc: str) -> str:
     return "\n".join(lines)
 
 
-def cli(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(sys.argv[1:])` as the program: a UserError is one line and exit code 2, Ctrl-C is exit code 130."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run
+def say(text: str, error: bool = False) -> bool:
+    """Print to stdout, an `error` to stderr, at once. False where nobody reads it any more. What else may be wrong with
+    a stream, which is closed, full, or somebody's object, is no reason to end a run: the text is lost then."""
     try:
-        code = main(sys.argv[1:])
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    except ConnectionError:  # a broken pipe is one
+        return False
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError):
+        return True
+    return True
+
+
+def open_streams() -> None:
+    """stdout and stderr to write to, whatever this process was started with."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before Python began
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run
+
+
+def flush_stdout() -> OSError | None:
+    """Why what was printed cannot be written, if it cannot; Python would complain once more at its exit."""
+    try:
         sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    except ValueError:  # it was closed
+        return None
+    return None
+
+
+def cli(main: Callable[[list[str]], int | None]) -> None:
+    """Run `main(sys.argv[1:])` as the program: a UserError is one line and exit code 2, Ctrl-C is exit code 130; what
+    was printed and cannot be written is 1."""
+    open_streams()
+    problem = None
+    try:
+        code = main(sys.argv[1:]) or 0
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
         code = 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        problem, code = error, 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         code = 2
     except KeyboardInterrupt:
         code = 130
-    sys.exit(code or 0)
+    except SystemExit as end:  # --help
+        code = end.code or 0
+    problem = flush_stdout() or problem
+    if problem and not code:
+        code = 1
+        if not isinstance(problem, ConnectionError):
+            say(f"error: the output cannot be written ({problem.strerror})", error=True)
+    gc.freeze()  # Python would look through all that torch has made for cycles, which takes it a second
+    sys.exit(code)

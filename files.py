@@ -1,23 +1,53 @@
-"""Files that are whole or absent, whoever dies when.
+"""Files that are whole or absent, whoever dies when; which files are a run's; one process a folder.
 
 - `complete_file`: written under a temporary name of its own, which is opened exclusively, so that a planted link is
   never written through, and renamed when its bytes are on the disk.
 - `reason_of` and `file_hash`: what the system says, and whether a file is still what was written.
 - `remove_leftovers`: what killed processes left under such names. A writer holds a lock of the kernel on its file, so
   that nothing of a living one is taken away.
+- `Lock`: the same lock on a folder; the kernel takes it back when its process ends, however it ends.
 Left out: locks between machines on a file system that has none.
 """
 
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import os
+import platform
+import re
+import shlex
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from configurator import UserError
+
+RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "config.toml", "trace.json", "memory.pickle",  # the last two: profiles
+             "step-*.pt", "shards-*")  # fmt: skip
+LOCK = ".lock"  # in the folder that it is of
+
+
+def is_run_file(name: str) -> bool:
+    """Whether a run writes a file, or a folder, of this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in RUN_FILES)
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in the system's words: an OSError's, also of one that torch turned into another error."""
+    found: BaseException | None = error
+    while found:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        found = found.__cause__ or found.__context__
+    text = (str(error).splitlines() or [""])[0].strip()
+    system = re.search(r"Error code \d+ \((.+)\)|\[Errno \d+\] ([^:]+)", text)  # a C++ allocator's, a Python one's
+    if system:
+        return system[1] or system[2]
+    return text or type(error).__name__
 
 
 class Damaged(UserError):
@@ -50,9 +80,54 @@ def open_temporary(folder: Path) -> BinaryIO:
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files below `folder` that no living process writes."""
     for path in folder.glob(".hydra-*.tmp"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            if locks(file, wait=False):
+        with contextlib.suppress(OSError):
+            number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # nor does a planted pipe make it wait
+            with open(number, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `locks`: without locks nobody knows whose it is
                 path.unlink()
+
+
+class Lock:
+    """A folder that belongs to this process from `take` on, until `release` or the end of the process."""
+
+    def __init__(self):
+        self.file: BinaryIO | None = None
+
+    def take(self, folder: Path) -> None:
+        """UserError where another process has the folder, or where it cannot be written."""
+        if self.file:
+            return
+        path = folder / LOCK
+        try:
+            while True:
+                file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "r+b", 0)
+                if not locks(file, wait=False):
+                    with file:
+                        raise UserError(f"out_dir={str(folder)!r}: {holder(file)} has it: wait for it or stop it, or "
+                                        "choose another folder with --out_dir=PATH")  # fmt: skip
+                if os.fstat(file.fileno()).st_nlink:
+                    break
+                file.close()  # who had it has removed it meanwhile
+            self.file, self.path = file, path
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            text = f"process {os.getpid()} on {platform.node()}, since {since}: {shlex.join(sys.argv)}\n"
+            file.truncate(0)
+            file.write(text.encode(errors="replace"))
+        except OSError as error:
+            raise UserError(f"out_dir={str(folder)!r}: {reason(error)}: choose a folder that can be written") from error
+
+    def release(self) -> None:
+        file, self.file = self.file, None
+        if file:
+            with contextlib.suppress(OSError):
+                self.path.unlink()  # before it is anybody else's
+            file.close()
+
+
+def holder(file: BinaryIO) -> str:
+    """What the one that has a lock wrote into it, in one line, whatever is there."""
+    text = file.read(500).decode(errors="replace").partition("\n")[0]
+    return "".join(c for c in text if c.isprintable()) or "another process"
 
 
 @contextlib.contextmanager
@@ -69,16 +144,6 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
         Path(file.name).unlink(missing_ok=True)
 
 
-def reason_of(error: BaseException) -> str:
-    """The system's words for what went wrong: torch's writers raise an error of their own behind the system's."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).partition("\n")[0]
-
-
 @contextlib.contextmanager
 def saved_file(path: Path) -> Iterator[BinaryIO]:
     """`complete_file` that raises UserError; a RuntimeError is torch's way to say that a disk is full."""
@@ -86,8 +151,7 @@ def saved_file(path: Path) -> Iterator[BinaryIO]:
         with complete_file(path) as file:
             yield file
     except (OSError, RuntimeError) as error:
-        reason = reason_of(error)
-        raise UserError(f"cannot write {path} ({reason}): free some space or choose another folder") from error
+        raise UserError(f"cannot write {path} ({reason(error)}): free some space or choose another folder") from error
 
 
 def file_hash(path: Path) -> str:

@@ -156,6 +156,11 @@ def compile_blocks(blocks: Iterable[nn.Module], graphs: int = 64, backend: str =
         block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
+def compiling() -> bool:
+    """Whether this thread is within a compilation."""
+    return torch._guards.CompileContext.try_get() is not None
+
+
 def flex_problem(device: str, width: int, compiled: bool, grad: bool) -> str:
     """Why FlexAttention cannot do this ("" where it can)."""
     if not compiled:

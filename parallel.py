@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import UserError
-from files import Damaged, file_hash, reason_of
+from configurator import UserError, say
+from files import Damaged, file_hash, reason
 from machine import Machine, choose_device
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -110,6 +110,11 @@ ALONE = Ranks()
 def launched() -> bool:
     """Whether torchrun started this process."""
     return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0, by itself or as torchrun started it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def restarted() -> bool:
@@ -203,9 +208,8 @@ def ends_together() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if not lost or not dist.is_initialized():
             raise
-        print(f"error: rank {dist.get_rank()} has lost another process of this run, which ended (its own line says "
-              "why) or cannot be reached: --resume goes on from the last checkpoint",
-              file=sys.stderr, flush=True)  # fmt: skip
+        say(f"error: rank {dist.get_rank()} has lost another process of this run, which ended (its own line says "
+            "why) or cannot be reached: --resume goes on from the last checkpoint", error=True)  # fmt: skip
         os._exit(1)  # what is left of the group can neither be closed nor taken down in order
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -298,13 +302,13 @@ def write_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
             try:
                 return super().write_data(*args)
             except (OSError, RuntimeError) as error:
-                raise RuntimeError(reason_of(error)) from None  # on its way to the other ranks it loses its cause
+                raise RuntimeError(reason(error)) from None  # on its way to the other ranks it loses its cause
 
     try:
         dcp.save(tensors, storage_writer=Writer(folder))
     except dcp.CheckpointException as error:
-        reason = reason_of(next(iter(error.failures.values()))[0])
-        raise UserError(f"cannot write {folder} ({reason}): free some space or choose another folder") from error
+        why = reason(next(iter(error.failures.values()))[0])
+        raise UserError(f"cannot write {folder} ({why}): free some space or choose another folder") from error
 
 
 def part_hashes(folder: Path) -> dict[str, str]:
@@ -348,7 +352,7 @@ def read_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process reads them too
             dcp.load(tensors, checkpoint_id=folder)
     except dcp.CheckpointException as error:
-        reason = reason_of(next(iter(error.failures.values()))[0])
-        raise Damaged(f"{folder} does not fit this run, or is damaged ({reason}): restore it") from error
+        why = reason(next(iter(error.failures.values()))[0])
+        raise Damaged(f"{folder} does not fit this run, or is damaged ({why}): restore it") from error
     except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise Damaged(f"{folder} is damaged or foreign ({type(error).__name__}): restore it") from error

@@ -15,7 +15,6 @@ import hashlib
 import os
 import platform
 import re
-import sys
 import sysconfig
 import threading
 import time
@@ -30,14 +29,13 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from configurator import UserError, say
+from files import is_run_file
 from formats import CHUNK, TextFile, Unfit, inspect, is_token_file, pieces
 
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
 MOST_CORES = 16
-RUN_FILES = {"config.toml", "log.jsonl", "last.pt", "best.pt", "trace.json", "memory.pickle"}
-KEPT_FILE = re.compile(r"step-\d+\.pt")  # a checkpoint of a run, too
 HIDDEN, WRITTEN, LINKED = "hidden", "with a run or a cache in it", "links to what is above, elsewhere or seen"
 NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or stripped
@@ -102,7 +100,7 @@ def kind_of(entry: os.DirEntry) -> str:
 def is_written(entries: list[os.DirEntry]) -> bool:
     """Whether a folder holds a run of any --out_dir or the token files of any --cache_dir."""
     names = {entry.name for entry in entries}
-    if {"config.toml", "log.jsonl"} <= names or {"last.pt", "best.pt"} & names or any(map(KEPT_FILE.fullmatch, names)):
+    if {"config.toml", "log.jsonl"} <= names or any(name.endswith(".pt") and is_run_file(name) for name in names):
         return True
     return any(is_token_file(entry.path) for entry in entries
                if entry.name.endswith(".bin") and kind_of(entry) == "file")  # fmt: skip
@@ -128,6 +126,8 @@ def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (
             name, linked, kind = prefix + entry.name, entry.is_symlink(), kind_of(entry)
             if entry.name.startswith("."):
                 skipped.add(Unfit(HIDDEN), name)
+            elif written and is_run_file(entry.name):
+                continue
             elif kind == "folder":
                 path = os.path.realpath(entry.path) if linked else os.path.join(real, entry.name)
                 if linked and not follow:
@@ -138,7 +138,7 @@ def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (
                 skipped.add(Unfit("broken links and devices"), name)
             elif linked and not follow and not Path(os.path.realpath(entry.path)).is_relative_to(root):
                 skipped.add(Unfit(LINKED), name)
-            elif not (written and (entry.name in RUN_FILES or KEPT_FILE.fullmatch(entry.name))):
+            else:
                 names.append(name)
     return sorted(names)
 
@@ -425,5 +425,5 @@ def encode(part: Part, enc: tiktoken.Encoding) -> Iterator[np.ndarray]:
             now = time.monotonic()
             if now - shown >= PROGRESS_SECONDS:
                 shown, rate = now, done / (now - began)
-                print(f"tokens: {done / 1e6:.0f} of {part.size / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
-                      f"{(part.size - done) / rate:.0f} s left", file=sys.stderr, flush=True)  # fmt: skip
+                say(f"tokens: {done / 1e6:.0f} of {part.size / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
+                    f"{(part.size - done) / rate:.0f} s left", error=True)  # fmt: skip

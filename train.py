@@ -2,7 +2,8 @@
 
 - AdamW (fused), linear warmup and cosine, clipping by the global norm, gradient accumulation, bf16 autocast.
 - OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
-- Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU, --resume=PATH from another checkpoint.
+- Ctrl-C, SIGTERM, SIGHUP and a reader that goes away save and leave, SIGUSR1 saves and goes on; --resume goes on from
+  last.pt, bit for bit on a CPU, --resume=PATH from another checkpoint.
 - Routed models (routing.py) train with their auxiliary losses added; `loss` in the log is the language model's alone.
 - A step whose loss or gradient is not finite, or whose loss is a spike (--spike), updates nothing, is counted and
   named; ten in a row end the run. The device sees to it alone: the host waits for it once a log line.
@@ -12,6 +13,7 @@ Left out: float16 and its loss scaling, other optimisers.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,7 @@ from data import (
     tokenizer_hash,
     too_short,
 )
+from files import remove_leftovers
 from generate import continue_text
 from layers import IGNORE
 from machine import DTYPES, Machine, Prefetch, attention_peak, choose_machine, peak_memory, total_memory
@@ -205,13 +208,17 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
 
 @torch.no_grad()
 def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_size: int, batches: int,
-             device: torch.device, ranks: Ranks = ALONE) -> dict[str, float]:  # fmt: skip
+             device: torch.device, ranks: Ranks = ALONE,
+             stop: list[int] | None = None) -> dict[str, float]:  # fmt: skip
     """val_loss (mean nats per token) and, where bytes are known, val_bpb (bits per byte) over `batches` batches of
-    `tokens`, 0 = over all of it; with routers what they did by the causal rule in the last one."""
+    `tokens`, 0 = over all of it; with routers what they did by the causal rule in the last one. Raises runs.Stopped
+    before a batch where `stop` has something on some rank."""
     model.eval()
     nats, count, size = 0.0, 0, 0
     rows = ranks.rows(batch_size)
     for x, y in eval_batches(tokens, batch_size, model.config.block_size, batches):
+        if stop is not None and ranks.any(stop):
+            raise runs.Stopped
         targets = y[rows][y[rows] != IGNORE]
         output = model(x[rows].to(device), y[rows].to(device))
         if len(targets) > 0:  # else these rows are behind the last window
@@ -246,7 +253,8 @@ def unsound(model: Hydra, optimizer: torch.optim.Optimizer, batch: tuple[Tensor,
     return name
 
 
-def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, Source | None, Source | None, list[str]]:
+def configure(argv: list[str], session: runs.Session,
+              ) -> tuple[HydraConfig, TrainConfig, Source | None, Source | None, list[str]]:  # fmt: skip
     """Defaults < a checkpoint's (--resume, --init_from) < files and options -> the two configurations, the checkpoint
     to go on from, the one to take the weights from, and what is to be said about it."""
     kinds = HydraConfig, TrainConfig
@@ -264,8 +272,12 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, Source | None,
     if isinstance(where.resume, str):
         path = Path(where.resume).expanduser()
         path = path / "last.pt" if path.is_dir() else path
-    checkpoint, notes = checkpoints.resumable(path, given, *kinds)
     out_dir = given.get("out_dir", str(path.parent))
+    if not given.get("plan") and Path(out_dir).is_dir():
+        session.take(Path(out_dir))
+        if where.resume is True:
+            runs.check_resumable(Path(out_dir))
+    checkpoint, notes = checkpoints.resumable(path, given, *kinds)
     if path != Path(out_dir, "last.pt"):
         notes.append(f"going on from {path}, step {checkpoint['step']}: what {out_dir} has of later steps is replaced "
                      "by and by")  # fmt: skip
@@ -293,6 +305,7 @@ def step_batches(tokens: np.ndarray | Tokens, config: HydraConfig, run: TrainCon
 
 def read_corpus(config: HydraConfig, run: TrainConfig) -> Corpus:
     """What a run trains on; UserError where its tokens do not tell what the run must know of them."""
+    remove_leftovers(Path(run.cache_dir))
     corpus = prepare(run.data, run.tokenizer, run.cache_dir, run.out_dir, run.val_fraction, run.val_data,
                      run.text_field, config.vocab_size)  # fmt: skip
     if config.doc_mask and not corpus.enc:
@@ -385,21 +398,25 @@ def model_facts(config: HydraConfig, backends: dict[str, tuple[str, str]]) -> di
     return facts
 
 
-def print_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch.autocast) -> None:
+def say_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch.autocast,
+               say: Callable[[str], None]) -> None:  # fmt: skip
     with autocast:
         text = continue_text(model, enc, run.sample_prompt, run.sample_tokens, run.seed + step)
-    print("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30, flush=True)
+    say("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30)
 
 
-@ends_together()
-def main(argv: list[str]) -> int:
-    config, run, source, initial, notes = configure(argv)
+def run_training(argv: list[str], session: runs.Session) -> int:
+    """A run from its beginning to its end -> its exit code."""
+    config, run, source, initial, notes = configure(argv, session)
     ranks, device = join(run.parallel, run.device)
     if run.plan:
         return print_plan(config, run)
     if ranks.any(restarted()) and ranks.first(checkpoints.has_begun(config, run)):
-        config, run, source, initial, notes = configure([*argv, "--resume", f"--out_dir={run.out_dir}"])
+        again = [*argv, "--resume", f"--out_dir={run.out_dir}"]
+        config, run, source, initial, notes = configure(again, session)
     out = Path(run.out_dir)
+    if out.is_dir():
+        session.take(out)  # before the work of preparing it, in which nothing of it is touched
     rows = ranks.rows(run.batch_size)
 
     # ---- machine
@@ -442,12 +459,13 @@ def main(argv: list[str]) -> int:
         checkpoints.save_run(out / name, content, model, optimizer, ranks, kept_ones, replaced)
 
     # ---- the run's folder; say what was chosen and why
-    log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks)
+    session.begin()
+    log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks, session)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
     facts = {"corpus": corpus.description, **ids, **machine.facts, **model_facts(config, backends)}
     notes += warnings_of(corpus, config)
     said = [to_toml(config, run), aside, *notes, *(f"{name}: {fact}" for name, fact in facts.items())]
-    print("\n".join(said), flush=True)
+    session.say("\n".join(said))
     log.start(first_step, bool(source), facts | {
         "config": asdict(config) | asdict(run), "parameters": count_params(config), "matmul_peak": machine.peak,
         "datasheet_peak": machine.listed_peak, "flops_per_token": flops_per_step / tokens_per_step})  # fmt: skip
@@ -455,18 +473,17 @@ def main(argv: list[str]) -> int:
     # ---- the loop: save, evaluate, sample, step
     if machine.compiled:
         model.compile_training()
-    signals = runs.stop_on_signals()
     began = time.perf_counter()
     steps: list[Step] = []  # that are not read yet
     numbers = {"loss": 0.0}  # of the latest one that was read
     lost = ""  # what is not finite
-    profile = runs.Profile(run.profile if ranks.rank == 0 else 0, out, machine.device)
+    profile = runs.Profile(run.profile if ranks.rank == 0 else 0, out, machine.device, session.say)
     while True:
         step = progress.step
         final = step >= run.max_iters
         due = final or step % run.eval_interval == 0
-        stop = ranks.any(signals)
-        saves = due or stop or kept_ones.stays(step)
+        stop, asked = ranks.total([len(session.stop), len(session.save)])  # asked: to save
+        saves = due or stop or asked or kept_ones.stays(step)
         if steps and saves:
             numbers, _ = runs.settle(steps, run.grad_clip, progress, log)
         if final or stop or progress.streak >= runs.MAX_BAD:
@@ -475,6 +492,7 @@ def main(argv: list[str]) -> int:
         if progress.streak >= runs.MAX_BAD:
             return log.give_up(step, f"{progress.streak} steps in a row were not finite, or spikes", kept)
         if saves and step > first_step:
+            session.save.clear()
             lost = unsound(model, optimizer, batches(step)[0], machine.autocast(), ranks)
             if lost:
                 log.unsaved(step, lost, kept)
@@ -482,12 +500,15 @@ def main(argv: list[str]) -> int:
                 save("last.pt", optimizer)
                 replaced = step
                 kept = f"saved in {out}"
+            if asked:
+                session.say(f"step {step:5d} | {kept}")
+        session.farewell = f"stopped at step {step}, {kept}: go on with --resume --out_dir={run.out_dir}"
         if stop:
-            print(f"stopped at step {step}, {kept}: go on with --resume --out_dir={run.out_dir}", flush=True)
-            return 130
+            raise runs.Stopped
         if due:
-            with machine.autocast():
-                found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks)
+            with session.saved(), machine.autocast():
+                found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks,
+                                 session.stop)  # fmt: skip
             best = not lost and found["val_loss"] < progress.best
             log.evaluation({"step": step, **found, "best": best})
             if best:
@@ -495,7 +516,8 @@ def main(argv: list[str]) -> int:
             if best and step > 0:
                 save("best.pt")
             if run.sample_tokens and corpus.enc and ranks.samples and math.isfinite(found["val_loss"]):
-                print_sample(model, corpus.enc, run, step, machine.autocast())
+                with session.saved():
+                    say_sample(model, corpus.enc, run, step, machine.autocast(), session.say)
         if final:
             break
 
@@ -521,8 +543,9 @@ def main(argv: list[str]) -> int:
         progress.clipped = progress.counted = 0
 
     # ---- the number to compare
-    with machine.autocast():
-        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks)
+    with session.saved(), machine.autocast():
+        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks,
+                         session.stop)  # fmt: skip
     found = {"step": progress.step, **found, "peak_memory": peak_memory(machine.device)}
     if not math.isfinite(found["val_loss"]) or not math.isfinite(numbers["loss"]):
         lost = lost or "the loss"
@@ -530,6 +553,18 @@ def main(argv: list[str]) -> int:
     if lost:
         return log.give_up(progress.step, f"the run ended and {lost} is not finite", kept)
     return 0
+
+
+@ends_together()
+def main(argv: list[str]) -> int:
+    """A run by its command line -> its exit code. From any thread; it gives back what it has of the process."""
+    session = runs.Session()
+    try:
+        with session:
+            return run_training(argv, session)
+    except runs.Stopped:
+        session.say(session.farewell)
+        return session.code
 
 
 if __name__ == "__main__":

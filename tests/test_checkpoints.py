@@ -510,7 +510,7 @@ def test_checkpoints_stay_as_they_were_at_their_step(tmp_path, monkeypatch):
 
 def test_what_is_kept_goes_on_over_a_resume_and_is_set_aside_with_the_run(tmp_path, monkeypatch):
     """Also where a file system has no links."""
-    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    monkeypatch.setattr(os, "link", lambda *paths, **_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
     out = tmp_path / "run"
     args = dict(eval_interval=2, keep_every=4, keep_last=2, **SMALL)
     train.main(options(tmp_path, "run", max_iters=4, **args))
@@ -634,7 +634,7 @@ def test_a_disk_that_is_full_is_said_in_the_system_s_words(out):
         words = f"cannot write {out / 'last.pt'} (File too large): free some space or choose another folder"
         assert str(error.value) == words
         assert (out / "last.pt").read_bytes() == before and not list(out.glob(".hydra-*"))
-    assert files.reason_of(RuntimeError("one\ntwo")) == "one"
+    assert files.reason(RuntimeError("one\ntwo")) == "one"
 
 
 @pytest.mark.faults

@@ -4,13 +4,13 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_folder
 from test_train import (  # noqa: F401 the fixture `signals` is used by its name
     SHAPE,
     TEXT,
@@ -31,6 +31,7 @@ import checkpoints
 import files
 import runs
 import sample
+import sources
 import train
 from configurator import UserError, cli
 from data import tokenizer_hash
@@ -70,7 +71,7 @@ def test_checkpoints_and_configurations_are_written_that_way(tmp_path, monkeypat
 def test_a_new_run_overwrites_nothing(tmp_path, capsys):
     train.main(options(tmp_path, "run", max_iters=2))
     before = contents(tmp_path / "run")
-    assert before.keys() == set(runs.FILES) - {"trace.json", "memory.pickle"}
+    assert before.keys() == {"last.pt", "best.pt", "log.jsonl", "config.toml"}
     train.main(options(tmp_path, "run", max_iters=1))
     assert contents(tmp_path / "run" / "run-1") == before
     assert "its files are in" in capsys.readouterr().out
@@ -82,12 +83,20 @@ def test_every_earlier_run_has_its_folder(tmp_path):
     assert runs.set_aside(tmp_path) == "" and os.listdir(tmp_path) == []
     (tmp_path / "notes.txt").write_text("mine")
     assert runs.set_aside(tmp_path) == ""
-    for number, name in enumerate(runs.FILES, 1):
+    for number, pattern in enumerate(files.RUN_FILES, 1):
+        name = pattern.replace("*", "12")
         (tmp_path / name).write_text(name)
         said = runs.set_aside(tmp_path)
         assert f"run-{number} now" in said and "--resume" in said
         assert contents(tmp_path / f"run-{number}") == {name: name.encode()}
     assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_no_file_of_a_run_is_a_text(tmp_path):
+    """Not even where the run's folder is the text's."""
+    write_folder(tmp_path, {name.replace("*", "12"): "" for name in files.RUN_FILES[:-1]} | {"notes.txt": "mine"})
+    write_folder(tmp_path, {"shards-12/part.txt": "a text by its looks"})
+    assert sources.list_files(tmp_path, sources.Skipped()) == ["notes.txt"]
 
 
 def test_a_folder_that_cannot_be_is_a_sentence(tmp_path):
@@ -114,7 +123,8 @@ def test_a_resumed_log_repeats_nothing(tmp_path):
 
     def kept(step: int, evaluates: bool) -> tuple[list[dict], float]:
         path.write_text(text + '{"step": 1, "lo')
-        best = runs.truncate_log(path, step, evaluates)
+        best, unreadable = runs.truncate_log(path, step, evaluates)
+        assert unreadable == 1
         assert path.read_text().endswith("}\n")
         return records(tmp_path), best
 
@@ -124,7 +134,7 @@ def test_a_resumed_log_repeats_nothing(tmp_path):
     assert kept(2, False) == (lines[:9], 5.0)
     assert kept(2, True) == ([line for line in lines[:9] if line.get("step") != 2 or "val_bpb" not in line], 6.0)
     assert kept(0, True) == ([{"started": 0}, {"resumed_at": 2}], math.inf)
-    assert runs.truncate_log(tmp_path / "none.jsonl", 3, True) == math.inf
+    assert runs.truncate_log(tmp_path / "none.jsonl", 3, True) == (math.inf, 0)
 
 
 def test_a_killed_run_resumes_with_a_log_that_repeats_nothing(tmp_path):
@@ -148,7 +158,7 @@ def test_lines_that_were_cut_anywhere_do_not_stop_a_resume(tmp_path):
     path = tmp_path / "log.jsonl"
     good = json.dumps({"step": 1, "loss": 2.0}) + "\n"
     path.write_text('{"started": 0, "config": {"dim": 32}\n' + good + "3}\n[1, 2]\n\n" + good)
-    assert runs.truncate_log(path, 1, False) == math.inf
+    assert runs.truncate_log(path, 1, False) == (math.inf, 3)
     assert path.read_text() == 2 * good
 
 
@@ -231,20 +241,6 @@ def test_the_commit_is_named_where_there_is_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs.subprocess, "run", no_git)
     assert runs.git_hash() == "unknown"
-
-
-# ---- signals
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_stops(number, capfd):
-    stop = runs.stop_on_signals()
-    assert stop == []
-    os.kill(os.getpid(), number)
-    assert stop == [number] and "stopping after this step" in capfd.readouterr().err
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), number)
-    assert stop == [number]
 
 
 # ---- checkpoints

@@ -25,7 +25,6 @@ from test_train import options
 
 import data
 import formats
-import runs
 import sources
 import train
 from configurator import UserError
@@ -450,7 +449,6 @@ def test_runs_and_caches_of_any_run_are_left_out(where, folder, tmp_path):
     assert corpus.fingerprint == clean.fingerprint and "3 with a run or a cache in it" in corpus.description
     write_folder(root, {f"{where}c/config.toml": "x = 1"})  # no run without its log
     assert prepare(folder, tmp_path).fingerprint != clean.fingerprint
-    assert sources.RUN_FILES == set(runs.FILES)
 
 
 def test_a_run_does_not_read_what_other_runs_wrote(tmp_path, monkeypatch, capsys):

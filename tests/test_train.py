@@ -924,8 +924,8 @@ def test_a_run_that_is_interrupted_and_resumed_equals_a_straight_one(tmp_path, m
 
 def test_a_stop_before_the_first_checkpoint_says_so(tmp_path, monkeypatch, capsys):
     """One that comes before the first step of a run has nothing to save."""
-    monkeypatch.setattr(train.runs, "stop_on_signals", lambda: [signal.SIGTERM])
-    assert train.main(options(tmp_path, "run", max_iters=3)) == 130
+    monkeypatch.setattr(Hydra, "compile_training", lambda self: signal.raise_signal(signal.SIGTERM))
+    assert train.main(options(tmp_path, "run", max_iters=3, compile="on")) == 143
     assert "stopped at step 0, no checkpoint was written yet" in capsys.readouterr().out
     assert not (tmp_path / "run" / "last.pt").exists()
 
