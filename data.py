@@ -29,7 +29,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import UserError, build, cli, need, parse
+from configurator import AnyPath, UserError, build, cli, command, need, parse, usable_path
 from files import complete_file, write_text
 from formats import MAGIC
 from shards import Shard, find_shards, open_shard, write_shards
@@ -392,11 +392,11 @@ def eval_batches(tokens: np.ndarray | Tokens, batch_size: int, block_size: int,
 class CommandConfig:
     """What the commands work on."""
 
-    data: str = ""  # a text file or folder; empty: the Python standard library on this machine
+    data: AnyPath = ""  # a text file or folder; empty: the Python standard library on this machine
     text_field: str = "text"  # of JSON lines: where the text is
-    tokenizer: str = "python4096"  # of shard and bench: a name, or the path of a rank file
+    tokenizer: AnyPath = "python4096"  # of shard and bench: a name, or the path of a rank file
     vocab_size: int = N_RANKS + 1  # of train_tokenizer: tokens, with <|endoftext|>
-    cache_dir: str = "cache"  # folder of the token files
+    cache_dir: AnyPath = "cache"  # folder of the token files
 
     def __post_init__(self):
         need(self, "vocab_size", self.vocab_size > 256, "256 bytes and <|endoftext|> need at least 257")
@@ -417,7 +417,7 @@ def train_tokenizer(out: Path, options: CommandConfig) -> None:
     write_text(out, "".join(lines))
     same = "that of" if text.fingerprint == RANKS_CORPUS else "NOT that of"
     print(f"{out}: {len(ranks)} ranks of {text.title}, {same} the shipped ranks ({text.fingerprint[:12]}). Use them "
-          f"with --tokenizer={out} --vocab_size={len(ranks) + 1}")
+          f"with: {command('train.py', tokenizer=out, vocab_size=len(ranks) + 1)}")
 
 
 def write_corpus(out: Path, options: CommandConfig) -> None:
@@ -430,8 +430,8 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for side, ids in (("val", corpus.val), ("train", corpus.train)):
         write_shards(out, side, ids, corpus.enc.n_vocab)
-    print(f"{out}: {corpus.description} Train on them with --data={out} --tokenizer={options.tokenizer} "
-          f"--vocab_size={corpus.enc.n_vocab}")
+    print(f"{out}: {corpus.description} Train on them with: "
+          + command("train.py", data=out, tokenizer=options.tokenizer, vocab_size=corpus.enc.n_vocab))
 
 
 def bench(options: CommandConfig) -> None:
@@ -468,9 +468,9 @@ def main(args: list[str]) -> None:
         if words == ["bench"]:
             bench(options)
         elif len(words) == 2 and words[0] == "train_tokenizer":
-            train_tokenizer(Path(words[1]), options)
+            train_tokenizer(Path(usable_path(words[1], "OUT=")), options)
         elif len(words) == 2 and words[0] == "shard":
-            write_corpus(Path(words[1]), options)
+            write_corpus(Path(usable_path(words[1], "OUT=")), options)
         else:
             raise UserError(f"{' '.join(words)!r} is no command of this file: {USAGE}")
     except OSError as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accounting import count_params, state_bytes
 from checkpoints import load_checkpoint, load_weights
-from configurator import UserError, build, cli, need, parse
+from configurator import AnyPath, UserError, build, cli, need, parse
 from data import stored_tokenizer, text_of, token_text
 from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
 from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth
@@ -29,10 +29,10 @@ from model import Hydra, HydraConfig
 class SampleConfig:
     """What to generate from which checkpoint; raises UserError for values that cannot be."""
 
-    out_dir: str = "out"  # folder of the run
+    out_dir: AnyPath = "out"  # folder of the run
     checkpoint: str = "best"  # which of its checkpoints: best (lowest validation loss) or last
     prompt: tuple[str, ...] = ("import",)  # text to go on from; may be given several times
-    prompt_file: str = ""  # a text file of prompts, one a line, instead; blank lines do not count
+    prompt_file: AnyPath = ""  # a text file of prompts, one a line, instead; blank lines do not count
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 200  # tokens to generate; an end of text ends it earlier
     temperature: float = 0.8  # above 1 flattens the distribution, below 1 sharpens it, 0 takes the likeliest token
@@ -44,6 +44,7 @@ class SampleConfig:
     compile: str = "off"  # on = compile the decode step: 10-20 s once; on a CPU for a single long text
 
     def __post_init__(self):
+        need(self, "out_dir", len(self.out_dir) > 0, "name the folder of a run")
         need(self, "checkpoint", self.checkpoint in ("best", "last"), "use best or last")
         need(self, "dtype", self.dtype in ("auto", *DTYPES), "use auto, float32 or bfloat16")
         need(self, "compile", self.compile in ("on", "off"), "use on or off")

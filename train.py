@@ -26,7 +26,7 @@ import runs
 from accounting import count_params, flops_per_token, memory_plan, plan_lines
 from attention import KINDS, letters_help
 from checkpoints import Progress
-from configurator import UserError, build, cli, need, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, need, parse, to_toml
 from data import Batch, Corpus, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from generate import continue_text
 from layers import IGNORE
@@ -43,16 +43,16 @@ BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evalua
 class TrainConfig:
     """A run: data, schedule, optimiser, outputs; raises UserError, in one line, for values that cannot be."""
 
-    out_dir: str = "out"  # folder of the run: checkpoints, log, configuration
+    out_dir: AnyPath = "out"  # folder of the run: checkpoints, log, configuration
     resume: bool = False  # go on from OUT_DIR/last.pt with its configuration
-    data: str = ""  # a text file or folder, or token shards (folder or glob); empty: this machine's standard library
-    tokenizer: str = "auto"  # auto (texts: python4096, shards: none), bytes, gpt2 or another of tiktoken, a rank file
+    data: AnyPath = ""  # a text file or folder, or token shards (folder or glob); empty: the standard library
+    tokenizer: AnyPath = "auto"  # auto (texts: python4096, shards: none), bytes, gpt2 or others of tiktoken, rank file
     sampling: str = "random"  # of windows: random, with replacement; or epochs, each once in an order of its own
     val_fraction: float = 0.1  # part of a text that validates
-    val_data: str = ""  # or a text, or shards, of its own
+    val_data: AnyPath = ""  # or a text, or shards, of its own
     text_field: str = "text"  # of JSON lines: where a record has its text
-    init_from: str = ""  # start from the weights of a run (its folder, or a checkpoint): fine-tuning, a longer block
-    cache_dir: str = "cache"  # folder of the token files
+    init_from: AnyPath = ""  # start from a run's weights (its folder, or a checkpoint): fine-tuning, a longer block
+    cache_dir: AnyPath = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward, over all processes
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
     max_iters: int = 800  # steps of the run
@@ -95,7 +95,8 @@ class TrainConfig:
         need(self, "recompute", self.recompute in ("none", "block"), "use none or block")
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
         need(self, "parallel", self.parallel in ("auto", "ddp", "fsdp"), "use auto, ddp or fsdp")
-        need(self, "out_dir", len(self.out_dir) > 0, "name a folder")
+        for name in ("out_dir", "cache_dir"):
+            need(self, name, len(getattr(self, name)) > 0, "name a folder")
         need(self, "seed", self.seed < 2**63, "choose one below 2**63")
 
 
