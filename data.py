@@ -162,6 +162,8 @@ def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encodin
         for some in ids:
             file.write(np.array(some, dtype).tobytes())
             count += len(some)
+        if count < 2:
+            raise UserError(f"{path} would have {count} tokens: its text has changed while it was read: run again")
         meta = {"version": VERSION, "dtype": dtype, "tokenizer": enc.name, "tokenizer_hash": tokenizer_hash(enc),
                 "vocab_size": enc.n_vocab, "tokens": count, "source": source}
         file.seek(0)
@@ -278,6 +280,7 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
             sides["val"] = [path for paths in find_shards(val_data).values() for path in paths]
         return shard_corpus(data, sides, tokenizer, vocab_size)
     enc = get_tokenizer(tokenizer)
+    made: list[Path] = []
     try:
         written = {Path(folder).expanduser().resolve() for folder in (cache_dir, out_dir) if folder}
         texts = read_texts(data, val_data, val_fraction, text_field, written)
@@ -288,6 +291,11 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_tokens(path, encode(part, enc), enc, texts.fingerprint)
+                made.append(path)
+    except UserError:
+        for path in made:  # the other side has changed since the fingerprint was taken: nobody will ask for this one
+            path.unlink(missing_ok=True)
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or cache_dir}: {error.strerror or error}; the data must be readable (--data) "
                         "and the cache writable, with room (--cache_dir)") from error
