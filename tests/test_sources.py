@@ -703,3 +703,16 @@ def test_no_token_file_is_empty(tmp_path):
         with pytest.raises(UserError, match="t.bin would have [01] tokens: its text has changed"):
             data.write_tokens(tmp_path / "t.bin", iter(ids), enc, "")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.faults
+def test_the_side_that_a_change_is_not_on_sees_it_too(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(LINES)
+    train_part, val_part, _ = sources.split(sources.user_source(str(path)), 0.3)
+    kept = "".join(sources.part_pieces(train_part))
+    assert kept and LINES == kept + "".join(sources.part_pieces(val_part))
+    change_the_end(path)
+    for part in (train_part, val_part):
+        with pytest.raises(UserError, match="has changed while it was read"):
+            list(sources.part_pieces(part))
