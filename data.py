@@ -373,8 +373,8 @@ def epoch_batch(tokens: np.ndarray | Tokens, batch_size: int, block_size: int, s
 
 
 def eval_batches(tokens: np.ndarray | Tokens, batch_size: int, block_size: int,
-                 max_batches: int = 0) -> Iterator[Batch]:  # fmt: skip
-    """Windows side by side that meet each target once; or max_batches of them, evenly spread. All of one shape, for a
+                 max_windows: int = 0) -> Iterator[Batch]:  # fmt: skip
+    """Windows side by side that meet each target once; or max_windows of them, evenly spread. All of one shape, for a
     compiled model: where a shard or the windows end, x is padded with 0 and y with -1, which the loss ignores."""
     tokens = as_tokens(tokens)
     targets = np.maximum(tokens.lengths - 1, 0)  # the first id of a shard is none
@@ -382,7 +382,7 @@ def eval_batches(tokens: np.ndarray | Tokens, batch_size: int, block_size: int,
     windows = int(counts.sum())
     if windows == 0:
         raise UserError(f"{len(tokens)} validation tokens are too few to evaluate on: give more text with --data")
-    chosen = min(windows, max_batches * batch_size) if max_batches else windows
+    chosen = min(windows, max_windows) if max_windows else windows
     numbers = np.arange(chosen) * windows // chosen
     for batch in np.split(numbers, range(batch_size, chosen, batch_size)):
         x = torch.zeros(batch_size, block_size, dtype=torch.int64)

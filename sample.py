@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accounting import count_params, state_bytes
 from checkpoints import load_checkpoint, load_weights
-from configurator import AnyPath, UserError, build, cli, need, parse
+from configurator import AnyPath, UserError, build, cli, need, parse, usable_path
 from data import stored_tokenizer, text_of, token_text
 from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
 from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth
@@ -66,11 +66,25 @@ def read_prompts(path: str) -> list[str]:
     return lines
 
 
+def checkpoint_path(options: SampleConfig) -> Path:
+    """UserError where that checkpoint is missing, with what there is instead."""
+    folder = Path(options.out_dir)
+    path = folder / f"{options.checkpoint}.pt"
+    for name in (f"{options.checkpoint}.pt", "best.pt", "last.pt", "log.jsonl"):
+        if not Path(usable_path(str(folder / name), "")).exists():
+            continue
+        if name == path.name:
+            return path
+        if name == "log.jsonl":
+            raise UserError(f"{path} does not exist: the run in {folder} has not written a checkpoint yet, as it does "
+                            "every eval_interval: train on, or name another run with --out_dir")  # fmt: skip
+        raise UserError(f"{path} does not exist, but {name} does: use --checkpoint={name.removesuffix('.pt')}")
+    raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
+
+
 def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tiktoken.Encoding, list[str]]:
     """(model in the dtype and form that generates, its tokenizer, what is to be said) of the run's checkpoint."""
-    path = Path(options.out_dir) / f"{options.checkpoint}.pt"
-    if not path.exists() and path.with_name("last.pt").exists():
-        raise UserError(f"{path} does not exist, the run was not evaluated yet: use --checkpoint=last")
+    path = checkpoint_path(options)
     checkpoint, notes = load_checkpoint(path, {"model_config": HydraConfig}, device)
     enc = stored_tokenizer(checkpoint["train_config"]["tokenizer"], checkpoint["tokenizer"])
     # the core that trained may not run here, eager and on another device

@@ -11,8 +11,9 @@ Left out: float16 and its loss scaling, other optimisers.
 """
 
 import math
+import shlex
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,9 @@ import runs
 from accounting import count_params, flops_per_token, memory_plan, plan_lines
 from attention import KINDS, letters_help
 from checkpoints import Progress
-from configurator import AnyPath, UserError, build, cli, need, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, command, need, parse, to_toml
 from data import Batch, Corpus, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
-from generate import continue_text
+from generate import continue_text, longest_text
 from layers import IGNORE
 from machine import DTYPES, Machine, Prefetch, choose_machine, peak_memory, total_memory
 from model import Hydra, HydraConfig
@@ -36,6 +37,8 @@ from parallel import ALONE, Ranks, accumulates, distribute, ends_together, join,
 from sources import split_warning
 
 SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
+LONGEST_SAMPLE = 200  # tokens, of the command that a run ends with
+UNSAID = ("out_dir", "resume", "parallel", "plan", "profile")  # options that change nothing of what a run computes
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
 
@@ -159,14 +162,14 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
 
 
 @torch.no_grad()
-def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_size: int, batches: int,
+def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_size: int, windows: int,
              device: torch.device, ranks: Ranks = ALONE) -> dict[str, float]:  # fmt: skip
-    """val_loss (mean nats per token) and, where bytes are known, val_bpb (bits per byte) over `batches` batches of
+    """val_loss (mean nats per token) and, where bytes are known, val_bpb (bits per byte) over so many `windows` of
     `tokens`, 0 = over all of it; with routers what they did by the causal rule in the last one."""
     model.eval()
     nats, count, size = 0.0, 0, 0
     rows = ranks.rows(batch_size)
-    for x, y in eval_batches(tokens, batch_size, model.config.block_size, batches):
+    for x, y in eval_batches(tokens, batch_size, model.config.block_size, windows):
         targets = y[rows][y[rows] != IGNORE]
         output = model(x[rows].to(device), y[rows].to(device))
         if len(targets) > 0:  # else these rows are behind the last window
@@ -192,6 +195,60 @@ def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], autocast: torch.autocas
     return not ranks.any(not sound)
 
 
+def eval_windows(run: TrainConfig, checkpoint: dict | None) -> int:
+    """Windows of an evaluation, 0 = all: as many as the run began with, so that `best` compares equals."""
+    if checkpoint is None:
+        return run.batch_size * run.eval_iters
+    began = checkpoint["train_config"]
+    if run.eval_iters != began["eval_iters"]:
+        raise UserError(f"eval_iters={run.eval_iters}: the run in {run.out_dir} evaluates with {began['eval_iters']}, "
+                        "which --resume cannot change: leave it out, or change --final_eval_iters")  # fmt: skip
+    return checkpoint.get("eval_windows", began["batch_size"] * began["eval_iters"])
+
+
+def resumed_with(run: TrainConfig, checkpoint: dict) -> list[str]:
+    """In one line, what a run does differently from its checkpoint on; nothing where it goes on as it was."""
+    began, step, windows = checkpoint["train_config"], checkpoint["step"], eval_windows(run, checkpoint)
+    changed = [name for name, value in began.items() if name not in UNSAID and getattr(run, name) != value]
+    if not changed:
+        return []
+    text = ", ".join(f"{name}={getattr(run, name)!r} (before: {began[name]!r})" for name in changed)
+    schedule = ("learning_rate", "warmup_iters", "max_iters", "min_lr_ratio")
+    before = learning_rate_at(max(0, step - 1), replace(run, **{name: began[name] for name in schedule}))
+    text += f"; the learning rate was {before:.2e} at step {step}, and is {learning_rate_at(step, run):.2e} at the next"
+    if {"batch_size", "gradient_accumulation_steps"} & set(changed) and run.sampling == "epochs":
+        text += "; the epoch goes on at another place: it may leave windows out or take them again"
+    if windows and "batch_size" in changed:
+        text += f"; evaluations stay on the {windows} windows that the run began with"
+    return [f"resumed at step {step} with {text}"]
+
+
+def resume_command(run: TrainConfig, ranks: Ranks) -> str:
+    """How the run goes on from its last.pt; or that it cannot."""
+    if not Path(run.out_dir, "last.pt").exists():
+        return "begin it again"
+    if ranks.size > 1:
+        return f"go on with the same torchrun line and --resume {shlex.quote(f'--out_dir={run.out_dir}')}"
+    return f"go on with: {command('train.py', '--resume', out_dir=run.out_dir)}"
+
+
+def sample_command(model: Hydra, enc, out_dir: str) -> str:
+    """What samples the run's best checkpoint, or its last one; empty where there is none, or no text of its ids, or
+    where its block has no room for a token behind a prompt."""
+    saved = [name for name in ("best", "last") if Path(out_dir, f"{name}.pt").exists()]
+    if not saved or not enc:
+        return ""
+    given: dict[str, int | str] = {"out_dir": out_dir}
+    if saved[0] != "best":
+        given["checkpoint"] = saved[0]
+    room = longest_text(model)
+    for prompt in ("import", ""):  # an empty one is an end of text
+        free = room - max(1, len(enc.encode_ordinary(prompt)))
+        if free > 0:
+            return command("sample.py", **given, prompt=prompt, max_new_tokens=min(LONGEST_SAMPLE, free))
+    return ""
+
+
 def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, list[str]]:
     """Defaults < the checkpoint's (--resume) < files and options -> the two configurations, the checkpoint to go on
     from, and what is to be said about it."""
@@ -210,7 +267,7 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
     config, run = build(given | {"resume": False}, *kinds, base=stored)
-    return config, run, checkpoint, notes
+    return config, run, checkpoint, notes + resumed_with(run, checkpoint)
 
 
 def step_work(config: HydraConfig, run: TrainConfig) -> tuple[int, float]:
@@ -314,6 +371,7 @@ def main(argv: list[str]) -> int:
     corpus = ranks.one_first(partial(read_corpus, config, run))
     check_work(config, run, machine, ranks, len(corpus.val))
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
+    windows = eval_windows(run, checkpoint)
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
     ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
     batches = Prefetch(partial(step_batches, corpus.train, config, run, rows), machine.device)
@@ -335,7 +393,8 @@ def main(argv: list[str]) -> int:
 
     def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         configs = {"model_config": asdict(config), "train_config": asdict(run)}
-        checkpoints.save_run(out / name, configs | ids | asdict(progress), model, optimizer, ranks)
+        content = configs | ids | asdict(progress) | {"eval_windows": windows}
+        checkpoints.save_run(out / name, content, model, optimizer, ranks)
 
     # ---- the run's folder; say what was chosen and why
     begins = first_step if checkpoint else None
@@ -373,11 +432,11 @@ def main(argv: list[str]) -> int:
                 save("last.pt", optimizer)
                 kept = f"saved in {out}"
         if stop:
-            print(f"stopped at step {step}, {kept}: go on with --resume --out_dir={run.out_dir}", flush=True)
+            print(f"stopped at step {step}, {kept}: {resume_command(run, ranks)}", flush=True)
             return 130
         if due:
             with machine.autocast():
-                found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks)
+                found = evaluate(model, corpus.val, bytes_V, run.batch_size, windows, machine.device, ranks)
             best = found["val_loss"] < progress.best
             log.evaluation({"step": step, **found, "best": best})
             progress.best = min(progress.best, found["val_loss"])
@@ -401,18 +460,23 @@ def main(argv: list[str]) -> int:
         numbers, routing = runs.settle(steps, run.grad_clip, progress, log)
         mean = (time.perf_counter() - start) / taken
         pace = (time.perf_counter() - began) / (progress.step - first_step)
+        mfu: list[float | None] = [flops_per_step / mean / machine.peak,
+                                   6 * count_params(config) * tokens_per_step / mean / machine.peak]  # fmt: skip
+        if mfu[0] > 1:  # what was measured is no peak, such as that of emulated bf16
+            mfu = [None, None]
         log.step(run.max_iters, {
             "step": progress.step, **numbers, "lr": group["lr"], "clipped": progress.clipped / max(1, progress.counted),
-            "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean, "mfu": flops_per_step / mean / machine.peak,
-            "mfu_6n": 6 * count_params(config) * tokens_per_step / mean / machine.peak,
+            "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean, "mfu": mfu[0], "mfu_6n": mfu[1],
             "eta_s": (run.max_iters - progress.step) * pace, "skipped": progress.skipped}, routing)  # fmt: skip
         progress.clipped = progress.counted = 0
 
     # ---- the number to compare
     with machine.autocast():
-        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks)
+        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.batch_size * run.final_eval_iters,
+                         machine.device, ranks)  # fmt: skip
     found = {"step": progress.step, **found, "peak_memory": peak_memory(machine.device)}
-    log.final(found, run.final_eval_iters, time.perf_counter() - began, run.out_dir)
+    sampling = sample_command(model, corpus.enc, run.out_dir) if math.isfinite(found["val_loss"]) else ""
+    log.final(found, run.final_eval_iters, time.perf_counter() - began, sampling)
     return 0
 
 
