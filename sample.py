@@ -21,7 +21,7 @@ from checkpoints import load_checkpoint, load_weights
 from configurator import AnyPath, UserError, build, cli, need, parse, usable_path
 from data import stored_tokenizer, text_of, token_text
 from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
-from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth
+from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth, free_memory
 from model import Hydra, HydraConfig
 
 
@@ -103,6 +103,18 @@ def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tikt
     return model, enc, notes
 
 
+def check_memory(model: Hydra, num_samples: int, texts: int, slots: int) -> None:
+    """UserError where so many texts of up to `slots` tokens do not fit: their states, and what sampling takes."""
+    weight = model.embed.weight
+    config = model.config
+    sampling = 32 * config.vocab_size  # logits in fp32, sorted, with their places, summed up
+    needed = texts * (state_bytes(config, slots, weight.element_size(), allocated=True) + sampling)
+    room = free_memory(weight.device)
+    if needed > room:
+        raise UserError(f"num_samples={num_samples}: {texts:,} texts of {slots} tokens at once need "
+                        f"{needed / 1e9:,.1f} GB, of which {room / 1e9:,.1f} are free: ask for fewer")  # fmt: skip
+
+
 def write(steps: Iterator[Tensor], prompts: list[str], enc: tiktoken.Encoding):
     """Print the first text as it comes, then the others -> (ids of every row up to its end of text, the times at which
     they came)."""
@@ -145,18 +157,20 @@ def report(model: Hydra, state: DecodingState, prompts: list[int], made: int, st
 
 def main(argv: list[str]) -> int:
     (options,) = build(parse(argv, SampleConfig, doc=__doc__), SampleConfig)
-    prompts = []
-    for prompt in read_prompts(options.prompt_file) if options.prompt_file else options.prompt:
-        prompts += [prompt] * options.num_samples
+    texts = read_prompts(options.prompt_file) if options.prompt_file else options.prompt
+    count = len(texts) * options.num_samples
     device = choose_device(options.device)
     choose_compile(options.compile, device, 0)
-    if options.compile == "on" and device.type == "cpu" and len(prompts) > 1:
-        raise UserError(f"compile='on': on a CPU {len(prompts)} texts at once are slower compiled: use compile=off")
+    if options.compile == "on" and device.type == "cpu" and count > 1:
+        raise UserError(f"compile='on': on a CPU {count} texts at once are slower compiled: use compile=off")
     model, enc, notes = load_model(options, device)
     for note in notes:
         print(note, file=sys.stderr)
-    rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
-    slots = min(max(map(len, rows)) + options.max_new_tokens, longest_text(model))  # `generate` refuses a longer text
+    ids = [torch.tensor(enc.encode_ordinary(text) or [enc.eot_token]) for text in texts]
+    slots = min(max(map(len, ids)) + options.max_new_tokens, longest_text(model))  # `generate` refuses a longer text
+    check_memory(model, options.num_samples, count, slots)
+    prompts = [text for text in texts for _ in range(options.num_samples)]
+    rows = [row for row in ids for _ in range(options.num_samples)]
     static = options.compile == "on" or device.type == "cuda"
     least = slots if options.compile == "on" else LEAST  # each length would be compiled anew
     if static:  # two tokens now, so that the rate below is without the compilation and the loading of kernels

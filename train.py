@@ -24,18 +24,20 @@ from torch import Tensor, nn
 
 import checkpoints
 import runs
-from accounting import count_params, flops_per_token, memory_plan, plan_lines
+from accounting import count_params, flops_per_token, least_memory, memory_plan, plan_lines
 from attention import KINDS, letters_help
 from checkpoints import Progress
 from configurator import AnyPath, UserError, build, cli, command, need, parse, to_toml
 from data import Batch, Corpus, Tokens, epoch_batch, eval_batches, get_batch, prepare, token_bytes, tokenizer_hash
 from generate import continue_text, longest_text
 from layers import IGNORE
-from machine import DTYPES, Machine, Prefetch, choose_machine, peak_memory, total_memory
+from machine import DTYPES, Machine, Prefetch, choose_device, choose_machine, peak_memory, total_memory
 from model import Hydra, HydraConfig
 from parallel import ALONE, Ranks, accumulates, distribute, ends_together, join, launched, local, pooled, restarted
 from sources import split_warning
 
+CALL = 1e-4  # seconds that a layer's forward takes at least, however small it is; a backward takes two of them
+COUNTABLE = 2**56  # bytes, of a plan: torch counts with 64 bits, and working memory comes on top
 SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
 LONGEST_SAMPLE = 200  # tokens, of the command that a run ends with
 UNSAID = ("out_dir", "resume", "parallel", "plan", "profile")  # options that change nothing of what a run computes
@@ -312,6 +314,36 @@ def begin(model: Hydra, optimizer: torch.optim.Optimizer, checkpoint: dict | Non
     return Progress()
 
 
+def check_sizes(config: HydraConfig, run: TrainConfig, ranks: Ranks, device: torch.device | None) -> None:
+    """UserError for what the device could not hold, or would be at for hours: before anything is made. Without a device
+    for what cannot even be counted."""
+    accumulated = run.gradient_accumulation_steps
+    room = total_memory(device) if device else COUNTABLE
+    masked = device is not None and device.type != "cuda"
+    needed = least_memory(config, run.batch_size, accumulated, masked, ranks.size, ranks.mode)
+    names = ["vocab_size", "dim", "n_layer", "mlp_ratio", "block_size"]
+    sizes = [f"{name}={getattr(config, name)}" for name in names]
+    sizes += [f"batch_size={run.batch_size}", f"gradient_accumulation_steps={accumulated}"]
+    if needed > room:
+        raise UserError(f"{', '.join(sizes)}: a step needs {needed / 1e9:,.1f} GB or more, of which "
+                        f"{device or 'a plan'} has {room / 1e9:,.1f}: lower the largest of them")  # fmt: skip
+    check_calls(config, 3 * accumulated, f"gradient_accumulation_steps={accumulated}: a step", "lower it, or n_layer")
+
+
+def check_calls(config: HydraConfig, forwards: int, what: str, remedy: str) -> None:
+    """UserError where even so many forwards of nothing would be silent for too long."""
+    minutes = forwards * config.n_layer * config.mor_recursions * CALL / 60
+    if minutes > SILENT:
+        raise UserError(f"{what} has {forwards:,} forwards, which take {minutes:,.0f} minutes or more: {remedy}")
+
+
+def check_evaluation(config: HydraConfig, run: TrainConfig, val_tokens: int) -> None:
+    """UserError where one would be silent for too long by the number of its batches alone."""
+    batches = math.ceil(math.ceil(val_tokens / config.block_size) / run.batch_size)
+    batches = min(batches, run.eval_iters or batches)
+    check_calls(config, batches, f"eval_iters={run.eval_iters}: an evaluation", "lower it, or raise --batch_size")
+
+
 def check_work(config: HydraConfig, run: TrainConfig, machine: Machine, ranks: Ranks, val_tokens: int) -> None:
     """UserError where a step cannot fit into the device, or where step or evaluation would be silent for too long."""
     B, T = run.batch_size, config.block_size
@@ -356,7 +388,9 @@ def main(argv: list[str]) -> int:
     config, run, checkpoint, notes = configure(argv)
     ranks, device = join(run.parallel, run.device)
     if run.plan:
+        check_sizes(config, run, ranks, None)
         return print_plan(config, run)
+    check_sizes(config, run, ranks, choose_device(device))
     if ranks.any(restarted()) and ranks.first(checkpoints.has_begun(config, run)):
         config, run, checkpoint, notes = configure([*argv, "--resume"])
     out = Path(run.out_dir)
@@ -370,6 +404,7 @@ def main(argv: list[str]) -> int:
     # ---- data
     corpus = ranks.one_first(partial(read_corpus, config, run))
     check_work(config, run, machine, ranks, len(corpus.val))
+    check_evaluation(config, run, len(corpus.val))
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
     windows = eval_windows(run, checkpoint)
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}

@@ -288,3 +288,11 @@ def test_a_missing_checkpoint_is_named_with_what_there_is(trained, tmp_path, mon
 
     monkeypatch.setattr("configurator.os.stat", denied)
     assert refused() == f"'{tmp_path}/best.pt': Permission denied: give another path"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("args", [["--num_samples=9223372036854775807"], ["--num_samples=100000000"],
+                                  ["--num_samples=1000000000", "--max_new_tokens=0"]])  # fmt: skip
+def test_more_texts_than_fit_are_refused_with_the_estimate(trained, args):
+    with pytest.raises(UserError, match=r"num_samples=.*: [0-9,]* texts of .* need [0-9,.]* GB, of which .* are free"):
+        sample.main([f"--out_dir={trained}", "--prompt=ab", "--max_new_tokens=9", *args])

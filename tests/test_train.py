@@ -708,12 +708,58 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"block_size": 10**6, "batch_size": 64}, "a step needs about .* GB, of which cpu has .*: lower one, or use --rec"),
+    ({"block_size": 10**5, "batch_size": 64}, "a step needs about .* GB, of which cpu has .*: lower one, or use --rec"),
     ({"n_layer": 600, "eval_iters": 10**7}, "batch_size=2 and block_size=32: .* takes .* minutes or more: lower one"),
 ])  # fmt: skip
 def test_what_cannot_fit_or_end_is_refused_before_it_begins(tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         train.main(options(tmp_path, "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+HUGE = 2**63 - 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("changes, words", [
+    ({"dim": 10**7}, "dim=10000000: one matrix of dim x dim is 400,000 GB: lower it"),
+    ({"dim": HUGE}, "one matrix of dim x dim is"),
+    ({"dim": 10**6}, "dim=1000000, .*: a step needs [0-9,.]* GB or more, of which cpu has"),
+    ({"vocab_size": HUGE}, "vocab_size=.*: ids have 32 bits"),
+    ({"vocab_size": 10**9}, "vocab_size=1000000000, .* GB or more, of which cpu has"),
+    ({"block_size": HUGE}, "block_size=.*: positions beyond 16,777,216 are not exact"),
+    ({"block_size": 10**6, "batch_size": 10**4}, "block_size=1000000, batch_size=10000, .* GB or more"),
+    ({"block_size": 10**6, "doc_mask": "true"}, "block_size=1000000, .* GB or more"),
+    ({"block_size": 10**6, "window": 5 * 10**5}, "block_size=1000000, .* GB or more"),
+    ({"batch_size": HUGE}, "batch_size=.* GB or more"), ({"batch_size": 10**9}, "batch_size=.* GB or more"),
+    ({"n_layer": HUGE}, "n_layer=.*, mor_recursions=1: .* layers in a row take a step .* s or more: at most 2,048"),
+    ({"n_layer": 10**6}, "1,000,000 layers in a row take a step 1,000 s or more: at most 2,048, lower one"),
+    ({"mor_recursions": HUGE}, "layers in a row"), ({"mor_recursions": 10**4}, "80,000 layers in a row"),
+    ({"n_head": HUGE}, "n_head=.*heads need an even width"), ({"n_kv_head": HUGE}, "n_kv_head="),
+    ({"n_head": HUGE, "n_kv_head": HUGE, "pattern": "C"}, "latent_head_dim"), ({"compression": HUGE}, "compression="),
+    ({"latent_head_dim": HUGE}, "latent_head_dim="), ({"mlp_ratio": 1e3, "dim": 2**20}, "mlp_ratio=1000.0, .* GB or m"),
+    ({"gradient_accumulation_steps": HUGE}, "gradient_accumulation_steps="),
+    ({"gradient_accumulation_steps": 10**7}, "a step has 30,000,000 forwards, which take 400 minutes or more: lower"),
+    ({"n_layer": 600, "gradient_accumulation_steps": 10**4}, "a step has 30,000 forwards, which take 30 minutes"),
+    ({"vocab_size": 2**63}, "int of 64 bits"), ({"plan": "true", "batch_size": HUGE}, "of which a plan has"),
+], ids=str)  # fmt: skip
+def test_sizes_that_cannot_be_are_refused_before_anything_is_made(tmp_path, monkeypatch, changes, words):
+    """Not even a corpus is looked for, a peak measured or a layer made for it."""
+    for name in ("read_corpus", "choose_machine", "print_plan", "step_work", "Hydra"):
+        monkeypatch.setattr(train, name, None)
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=words) as error:
+        train.main(options(tmp_path, "run", **changes))
+    assert str(error.value).isprintable() and time.perf_counter() - began < 5 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults
+def test_an_evaluation_of_too_many_batches_is_refused_before_the_run_has_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CALL", 1.0)
+    with pytest.raises(UserError, match="eval_iters=40: an evaluation has 40 forwards, which take 5 minutes or more"):
+        train.main(options(tmp_path, "run", eval_iters=40))
+    with pytest.raises(UserError, match="eval_iters=0: an evaluation has .* forwards"):
+        train.main(options(tmp_path, "run", eval_iters=0))
     assert not (tmp_path / "run").exists()
 
 
