@@ -83,7 +83,8 @@ class BenchConfig:
     def __post_init__(self):
         need(self, "seed", 0 <= self.seed < 2**63, "choose one from 0 to 2**63 - 1")
         need(self, "json", os.path.isdir(os.path.dirname(self.json) or "."), "its folder does not exist: make it first")
-        need(self, "json", not os.path.isdir(self.json), "it is a folder: name a file")
+        is_file = os.path.isfile(self.json) or not os.path.lexists(self.json)  # it will be replaced: no device, no link
+        need(self, "json", is_file, "it is no file: name another")
         for name in ("rounds", "prompt_tokens", "new_tokens", "context"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
 
