@@ -135,6 +135,12 @@ def typed(value: object, kind: type, where: str, text: bool = False) -> int | fl
         valid = False
     if not valid:
         raise UserError(f"{where}{shown(value)} is not {EXPECTED[kind]}")
+    return result
+
+
+def asked_for(value: object, kind: type, where: str, text: bool = False) -> int | float | bool | str | tuple:
+    """`typed`, of what the user has given just now: a path must be usable, which a stored one need not be any more."""
+    result = typed(value, kind, where, text)
     return usable_path(result, where) if kind is AnyPath else result
 
 
@@ -179,7 +185,7 @@ def read_toml(path: str, kinds: dict[str, type]) -> dict:
         if listed or isinstance(value, dict):
             raise UserError(f"{path}: {name!r} is a table or a list: keys are flat, write key = value lines only")
         key = known(name, kinds, f"{path}: ")
-        given[key] = typed(value, kinds[key], f"{path}: {key} = ")
+        given[key] = asked_for(value, kinds[key], f"{path}: {key} = ")
     return given
 
 
@@ -207,7 +213,7 @@ def parse(argv: list[str], *types: type, doc: str = "") -> dict:
             text = rest.pop(0)
         if kinds[key] is AnyPath and not text:  # such as that of a variable which is not set
             raise UserError(f"--{key}='' is an empty path: name one, or leave the option out")
-        given[key] = typed(text, kinds[key], f"--{key}=", text=True)
+        given[key] = asked_for(text, kinds[key], f"--{key}=", text=True)
         if kinds[key] == REPEATED:
             given[key] = repeated[key] = repeated.get(key, ()) + given[key]
     return given
@@ -216,8 +222,10 @@ def parse(argv: list[str], *types: type, doc: str = "") -> dict:
 def build(given: dict, *types: type, base: dict | None = None) -> tuple:
     """One instance of each dataclass: defaults < `base` (a stored run's) < `given`. Raises UserError."""
     kinds = key_types(types)
-    named = {known(name, kinds): value for name, value in [*(base or {}).items(), *given.items()]}
-    values = {key: typed(value, kinds[key], f"{key} = ") for key, value in named.items()}
+    values: dict = {}
+    for name, value in [*(base or {}).items(), *given.items()]:
+        key = known(name, kinds)
+        values[key] = typed(value, kinds[key], f"{key} = ")
     return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}) for cls in types)
 
 
