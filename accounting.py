@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from attention import Attention
 from machine import choose_compile, choose_device, choose_dtype, compile_blocks, free_memory, total_memory
-from model import Hydra, HydraConfig
+from model import Block, Hydra, HydraConfig
 from routing import layer_tokens, recursion_tokens
 
 
@@ -34,6 +34,12 @@ def count_params(module: torch.nn.Module | HydraConfig) -> int:
     if isinstance(module, HydraConfig):
         module = skeleton(module)
     return sum(p.numel() for p in module.parameters())
+
+
+def one_of_each(config: HydraConfig) -> dict[str, Block]:
+    """A block without numbers of every letter in use."""
+    alone = {"n_layer": 1, "mor_recursions": 1, "mod_capacity": 0.0, "vocab_size": 1}
+    return {letter: skeleton(replace(config, pattern=letter, **alone)).blocks[0] for letter in set(config.layers)}
 
 
 def matrix_flops(module: torch.nn.Module) -> int:
@@ -237,6 +243,25 @@ def memory_plan(config: HydraConfig, batch: int, T: int, dtype: torch.dtype, com
             live["gradients"] = weights
         moments.append(live)
     return max(moments, key=lambda live: sum(live.values()))
+
+
+def least_memory(config: HydraConfig, batch: int, forwards: int, masked: bool, devices: int = 1,
+                 parallel: str = "ddp") -> int:  # fmt: skip
+    """Bytes below which no training step is, whatever the precision: a bound of `memory_plan` that is known at once,
+    for shapes that it would take hours to count. Weights, gradients and moments; token ids of all `forwards`; inputs of
+    the blocks that see all tokens; where SDPA is `masked` by pairs of tokens, a mask."""
+    rows, T = batch // devices, config.block_size
+    blocks = one_of_each(config)
+    params = config.vocab_size * config.dim
+    for letter, block in blocks.items():
+        params += config.layers.count(letter) * count_params(block)
+    shards = devices if parallel == "fsdp" else 1
+    least = 16 * params // shards + 16 * rows * T * forwards + 4 * rows * T * config.dim * ((config.n_layer + 1) // 2)
+    if masked and config.doc_mask:
+        least += rows * T * T
+    elif masked and any(0 < block.attn.window < T < 4 * block.attn.window for block in blocks.values()):
+        least += T * T
+    return least
 
 
 def plan_lines(config: HydraConfig, run, flops: float) -> Iterator[str]:

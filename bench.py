@@ -22,6 +22,7 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -47,7 +48,7 @@ from accounting import (
     step_bytes,
 )
 from attention import KINDS, ccqa_heads, letters_help
-from configurator import UserError, build, cli, need, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, need, parse, to_toml
 from files import write_text
 from generate import Replayed, compile_decoding, decode_step, new_state, pack, prefill, take_slot
 from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, peak_of, ratio, spread
@@ -85,13 +86,15 @@ class BenchConfig:
     prompt_tokens: int = 512  # decode: length of the prompts
     new_tokens: int = 128  # decode: tokens generated behind them
     context: int = 4096  # decode: length of the past in the comparison of hybrid and MHA
-    json: str = ""  # also write everything to this file
+    json: AnyPath = ""  # also write everything to this file
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     seed: int = 1337  # of the weights and inputs
 
     def __post_init__(self):
         need(self, "seed", 0 <= self.seed < 2**63, "choose one from 0 to 2**63 - 1")
-        need(self, "json", Path(self.json).parent.is_dir(), "its folder does not exist: make it first")
+        need(self, "json", os.path.isdir(os.path.dirname(self.json) or "."), "its folder does not exist: make it first")
+        is_file = os.path.isfile(self.json) or not os.path.lexists(self.json)  # it will be replaced: no device, no link
+        need(self, "json", is_file, "it is no file: name another")
         for name in ("rounds", "prompt_tokens", "new_tokens", "context"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
 

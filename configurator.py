@@ -1,9 +1,10 @@
 """One road for configuration: `python train.py [config/x.toml ...] [--key=value ...]`, read in order, later wins.
 
-The keys are the fields of plain dataclasses of int, float, bool, str, bool | str (a switch that may be a path) and
-tuple[str, ...], an option that may be given several times; a field's trailing comment is its --help text. `parse` reads
-files and options into a dict, `build` makes the dataclasses of it, `to_toml` writes a file that `parse` reads back to
-the same values, `cli` runs a main function; what a run says goes through `say`.
+The keys are the fields of plain dataclasses of int, float, bool, str, AnyPath (a str, in which ~ is the home folder),
+bool | AnyPath (a switch that may be a path) and tuple[str, ...], an option that may be given several times; a field's
+trailing comment is its --help text. `parse` reads files and options into a dict, `build` makes the dataclasses of it,
+`to_toml` writes a file that `parse` reads back to the same values, `cli` runs a main function, what a run says goes
+through `say`, `command` is a line for the shell that runs a program.
 Unknown keys and wrong types are a UserError; a programmer's mistake is a TypeError.
 Left out: exec, tables, lists, None, environment variables.
 """
@@ -18,28 +19,36 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields
-from typing import get_type_hints
+from pathlib import Path
+from typing import NewType, get_type_hints
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)  # what a stdout's print may raise
+AnyPath = NewType("AnyPath", str)
 REPEATED = tuple[str, ...]
-SWITCH = bool | str
+SWITCH = bool | AnyPath
+INTS = range(-(2**63), 2**63)  # what torch, numpy and the log can hold
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EXPECTED = {
-    int: "an int: give a whole number, e.g. 1000",
+    int: "an int of 64 bits: give a whole number, e.g. 1000",
     float: "a finite float: give a number, e.g. 3e-4",
     bool: "a bool: give true or false",
     str: "a str: give UTF-8 text (in quotes in a file)",
-    SWITCH: "a bool or a str: give true, false or UTF-8 text (in quotes in a file)",
+    AnyPath: "a path: give UTF-8 text (in quotes in a file)",
+    SWITCH: "a bool or a path: give true, false or UTF-8 text (in quotes in a file)",
     REPEATED: "a list of str: give UTF-8 text, several times for several (a list in a file)",
 }
 
 
 class UserError(ValueError):
-    """Bad input by the user. Its text is one line: the value, the reason, the remedy."""
+    """Bad input by the user. Its text is one line, whatever is in it: the value, the reason, the remedy."""
+
+    def __init__(self, text: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 def need(config: object, names: str, holds: bool, remedy: str) -> None:
@@ -70,6 +79,45 @@ def known(name: str, kinds: dict[str, type], where: str = "") -> str:
     raise UserError(f"{where}unknown key {name!r}: {hint}")
 
 
+def at_home(path: str) -> str:
+    """`path` with a home folder for a leading ~ or ~user; UserError where there is no such user, and for no path."""
+    if not path:
+        raise UserError("'' is an empty path: name a file or a folder")
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UserError(f"{path!r}: there is no such user: write './{path}' if that is a file's name")
+    return found
+
+
+def usable_path(path: str, where: str) -> str:
+    """`at_home(path)`, or an empty one; UserError where the system takes it for no path, or lets nobody look there."""
+    if not path:
+        return path
+    found = at_home(path)
+    try:
+        os.stat(found)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it may be made; if not, whoever needs it says what is missing
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{where}{path!r}: {reason}: give another path") from None
+    return found
+
+
+def shown(value: object) -> str:
+    """`value` in an error. Python writes out no whole number of thousands of digits."""
+    if type(value) is int and value not in INTS:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)
+
+
+def number(text: str, kind: type) -> int | float:
+    """A number in plain digits: int() and float() also take those of other scripts, and underscores. ValueError."""
+    if not text.isascii() or "_" in text:
+        raise ValueError
+    return kind(text)
+
+
 def typed(value: object, kind: type, where: str, text: bool = False) -> int | float | bool | str | tuple:
     """`value` as a `kind`, or a UserError. Only an option is `text` to convert; a file has types and keeps them."""
     if kind == REPEATED and isinstance(value, (str, list, tuple)):
@@ -81,17 +129,31 @@ def typed(value: object, kind: type, where: str, text: bool = False) -> int | fl
         kind = str if is_text else bool
     result = value
     try:
-        if text:
-            result = BOOLS[value.lower()] if kind is bool else kind(value)
+        if text and kind is bool:
+            result = BOOLS[value.lower()]
+        elif text and kind in (int, float):
+            result = number(value, kind)
         elif kind is float and type(value) is int:
             result = float(value)
-        valid = type(result) is kind and (kind is not float or math.isfinite(result))
-        if type(result) is str:
+        valid = type(result) is (str if kind is AnyPath else kind)
+        if type(result) is float:
+            valid &= math.isfinite(result)
+        elif type(result) is int:
+            valid &= result in INTS
+        elif type(result) is str:
             result.encode()  # an argument that is not UTF-8 has lone surrogates, which no TOML file can hold
     except (KeyError, ValueError, OverflowError):
         valid = False
     if not valid:
-        raise UserError(f"{where}{value!r} is not {expected}")
+        raise UserError(f"{where}{shown(value)} is not {expected}")
+    return result
+
+
+def asked_for(value: object, kind: type, where: str, text: bool = False) -> int | float | bool | str | tuple:
+    """`typed`, of what the user has given just now: a path must be usable, which a stored one need not be any more."""
+    result = typed(value, kind, where, text)
+    if kind is AnyPath or (kind == SWITCH and isinstance(result, str)):
+        return usable_path(result, where)
     return result
 
 
@@ -102,7 +164,10 @@ def no_file(word: str) -> UserError:
     reason = "does not exist"
     if os.path.exists(word):
         reason = "is a directory" if os.path.isdir(word) else "is not a .toml file"
-    paths = glob.glob("config/*.toml") + glob.glob(os.path.join(glob.escape(os.path.dirname(word)), "*.toml"))
+    paths = glob.glob("config/*.toml")
+    folder = os.path.dirname(word)
+    if not folder or os.path.isdir(folder):
+        paths += glob.glob(os.path.join(glob.escape(folder), "*.toml"))
     stems = {os.path.basename(path).removesuffix(".toml"): path for path in reversed(paths)}
     near = difflib.get_close_matches(os.path.basename(word).removesuffix(".toml"), stems, n=1)
     remedy = f"did you mean {stems[near[0]]}?" if near else "give a .toml file or --key=value (see --help)"
@@ -111,6 +176,7 @@ def no_file(word: str) -> UserError:
 
 def read_toml(path: str, kinds: dict[str, type]) -> dict:
     """The keys of one flat TOML file, typed. UserErrors name the file."""
+    path = at_home(path)
     if not path.endswith(".toml") or not os.path.exists(path):
         raise no_file(path)
     try:
@@ -121,6 +187,8 @@ def read_toml(path: str, kinds: dict[str, type]) -> dict:
         raise UserError(f"{path!r} cannot be read: {error.strerror}, give a readable .toml file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path!r} is not UTF-8: save it as UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"{path!r} is nested too deeply: keys are flat, write key = value lines only") from None
     except ValueError as error:  # TOMLDecodeError, which gives no line number at the end, or too many digits
         reason = str(error).replace("end of document", f"the end, line {len(text.splitlines())}")
         raise UserError(f"{path!r} is not valid TOML: {reason}") from None
@@ -130,7 +198,7 @@ def read_toml(path: str, kinds: dict[str, type]) -> dict:
         if listed or isinstance(value, dict):
             raise UserError(f"{path}: {name!r} is a table or a list: keys are flat, write key = value lines only")
         key = known(name, kinds, f"{path}: ")
-        given[key] = typed(value, kinds[key], f"{path}: {key} = ")
+        given[key] = asked_for(value, kinds[key], f"{path}: {key} = ")
     return given
 
 
@@ -157,7 +225,9 @@ def parse(argv: list[str], *types: type, doc: str = "") -> dict:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{key} needs a value: write --{key}=VALUE")
             text = rest.pop(0)
-        given[key] = typed(text, kinds[key], f"--{key}=", text=True)
+        if kinds[key] is AnyPath and not text:  # such as that of a variable which is not set
+            raise UserError(f"--{key}='' is an empty path: name one, or leave the option out")
+        given[key] = asked_for(text, kinds[key], f"--{key}=", text=True)
         if kinds[key] == REPEATED:
             given[key] = repeated[key] = repeated.get(key, ()) + given[key]
     return given
@@ -165,7 +235,8 @@ def parse(argv: list[str], *types: type, doc: str = "") -> dict:
 
 def build(given: dict, *types: type, base: dict | None = None) -> tuple:
     """One instance of each dataclass: defaults < `base` (a stored run's) < `given`. Raises UserError."""
-    kinds, values = key_types(types), {}
+    kinds = key_types(types)
+    values: dict = {}
     for name, value in [*(base or {}).items(), *given.items()]:
         key = known(name, kinds)
         values[key] = typed(value, kinds[key], f"{key} = ")
@@ -210,6 +281,15 @@ def help_text(types: tuple[type, ...], doc: str) -> str:
         width = max(map(len, options.values()))
         lines += ["", cls.__name__, *(f"{text:{width}}  {comments[key]}".rstrip() for key, text in options.items())]
     return "\n".join(lines)
+
+
+def command(program: str, *words: str, **options: int | float | str) -> str:
+    """What to type to run a program of this project from the present folder, quoted for the shell."""
+    path = Path(__file__).with_name(program)
+    if path.parent == Path.cwd():
+        path = path.relative_to(path.parent)
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return shlex.join(["python", str(path), *words, *given])
 
 
 def say(text: str, error: bool = False) -> bool:

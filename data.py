@@ -29,7 +29,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from configurator import UserError, build, cli, need, parse
+from configurator import AnyPath, UserError, build, cli, command, need, parse, usable_path
 from files import complete_file, write_text
 from formats import MAGIC
 from shards import (
@@ -181,6 +181,8 @@ def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encodin
             file.write(content)
             digest.update(content)
             count += len(some)
+        if count < 2:
+            raise UserError(f"{path} would have {count} tokens: its text has changed while it was read: run again")
         meta = {"version": VERSION, "dtype": dtype, "tokenizer": enc.name, "tokenizer_hash": tokenizer_hash(enc),
                 "vocab_size": enc.n_vocab, "tokens": count, "source": source, "sha256": digest.hexdigest()}
         file.seek(0)
@@ -324,6 +326,7 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
         useless += no_effect("text_field", text_field, "text", "shards have no JSON lines")
         return replace(corpus, warnings=(*corpus.warnings, *useless))
     enc = get_tokenizer(tokenizer)
+    made: list[Path] = []
     try:
         written = {Path(os.path.realpath(folder)) for folder in (cache_dir, out_dir) if folder}
         texts = read_texts(data, val_data, val_fraction, text_field, written)
@@ -334,6 +337,11 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_tokens(path, encode(part, enc), enc, texts.fingerprint)
+                made.append(path)
+    except UserError:
+        for path in made:  # the other side has changed since the fingerprint was taken: nobody will ask for this one
+            path.unlink(missing_ok=True)
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or cache_dir}: {error.strerror or error}; the data must be readable (--data) "
                         "and the cache writable, with room (--cache_dir)") from error
@@ -421,8 +429,8 @@ def epoch_batch(tokens: np.ndarray | Tokens, batch_size: int, block_size: int, s
 
 
 def eval_batches(tokens: np.ndarray | Tokens, batch_size: int, block_size: int,
-                 max_batches: int = 0) -> Iterator[Batch]:  # fmt: skip
-    """Windows side by side that meet each target once; or max_batches of them, evenly spread. All of one shape, for a
+                 max_windows: int = 0) -> Iterator[Batch]:  # fmt: skip
+    """Windows side by side that meet each target once; or max_windows of them, evenly spread. All of one shape, for a
     compiled model: where a shard or the windows end, x is padded with 0 and y with -1, which the loss ignores."""
     tokens = as_tokens(tokens)
     targets = np.maximum(tokens.lengths - 1, 0)  # the first id of a shard is none
@@ -430,7 +438,7 @@ def eval_batches(tokens: np.ndarray | Tokens, batch_size: int, block_size: int,
     windows = int(counts.sum())
     if windows == 0:
         raise UserError(f"{len(tokens)} validation tokens are too few to evaluate on: give more text with --data")
-    chosen = min(windows, max_batches * batch_size) if max_batches else windows
+    chosen = min(windows, max_windows) if max_windows else windows
     numbers = np.arange(chosen) * windows // chosen
     for batch in np.split(numbers, range(batch_size, chosen, batch_size)):
         x = torch.zeros(batch_size, block_size, dtype=torch.int64)
@@ -448,13 +456,13 @@ def eval_batches(tokens: np.ndarray | Tokens, batch_size: int, block_size: int,
 class CommandConfig:
     """What the commands work on."""
 
-    data: str = ""  # a text file or folder; empty: the Python standard library on this machine
+    data: AnyPath = ""  # a text file or folder; empty: the Python standard library on this machine
     text_field: str = "text"  # of JSON lines: where the text is
     val_fraction: float = 0.1  # part of the text that validates
-    val_data: str = ""  # or a text of its own
-    tokenizer: str = "python4096"  # of shard and bench: a name, or the path of a rank file
+    val_data: AnyPath = ""  # or a text of its own
+    tokenizer: AnyPath = "python4096"  # of shard and bench: a name, or the path of a rank file
     vocab_size: int = N_RANKS + 1  # of train_tokenizer: tokens, with <|endoftext|>
-    cache_dir: str = "cache"  # folder of the token files
+    cache_dir: AnyPath = "cache"  # folder of the token files
 
     def __post_init__(self):
         need(self, "vocab_size", self.vocab_size > 256, "256 bytes and <|endoftext|> need at least 257")
@@ -487,7 +495,7 @@ def train_tokenizer(out: Path, options: CommandConfig) -> None:
     write_text(out, "".join(lines))
     same = "that of" if text.fingerprint == RANKS_CORPUS else "NOT that of"
     print(f"{out}: {len(ranks)} ranks of {text.title}, {same} the shipped ranks ({text.fingerprint[:12]}). Use them "
-          f"with --tokenizer={out} --vocab_size={len(ranks) + 1}")
+          f"with: {command('train.py', tokenizer=out, vocab_size=len(ranks) + 1)}")
 
 
 def write_corpus(out: Path, options: CommandConfig) -> None:
@@ -500,8 +508,8 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
     for side, ids in (("val", corpus.val), ("train", corpus.train)):
         write_shards(out, side, ids, corpus.enc.n_vocab)
     print_warnings(*corpus.warnings, split_warning(len(corpus.train), len(corpus.val), 0, corpus.remedy))
-    print(f"{out}: {corpus.description} Train on them with --data={out} --tokenizer={options.tokenizer} "
-          f"--vocab_size={corpus.enc.n_vocab}")
+    print(f"{out}: {corpus.description} Train on them with: "
+          + command("train.py", data=out, tokenizer=options.tokenizer, vocab_size=corpus.enc.n_vocab))
 
 
 def bench(options: CommandConfig) -> None:
@@ -543,9 +551,9 @@ def main(args: list[str]) -> None:
         if words == ["bench"]:
             bench(options)
         elif len(words) == 2 and words[0] == "train_tokenizer":
-            train_tokenizer(Path(words[1]), options)
+            train_tokenizer(Path(usable_path(words[1], "OUT=")), options)
         elif len(words) == 2 and words[0] == "shard":
-            write_corpus(Path(words[1]), options)
+            write_corpus(Path(usable_path(words[1], "OUT=")), options)
         else:
             raise UserError(f"{' '.join(words) or 'nothing'!r} is no command of this file: {USAGE}")
     except OSError as error:

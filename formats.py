@@ -275,6 +275,11 @@ def measure_text(head: bytes, file: BinaryIO, name: str) -> TextFile | Unfit:
     return TextFile(name, size, chars, digest.digest()) if size else EMPTY
 
 
+def framed(record: bytes) -> bytes:
+    """What a record of JSON lines adds to the hash: where it ends is a part of it."""
+    return len(record).to_bytes(8, "little") + record
+
+
 def measure_lines(file: BinaryIO, name: str, field: str) -> TextFile | Unfit:
     """Sizes and hash of the texts in JSON lines."""
     digest, size, chars = hashlib.sha256(b"JSON lines"), 0, 0
@@ -282,7 +287,7 @@ def measure_lines(file: BinaryIO, name: str, field: str) -> TextFile | Unfit:
         if isinstance(text, Unfit):
             return text
         data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
+        digest.update(framed(data))
         size += len(data)
         chars += len(text)
     return TextFile(name, size, chars, digest.digest(), True) if size else EMPTY
@@ -350,3 +355,29 @@ def pieces(root: Path, file: TextFile, field: str) -> Iterator[str]:
             while text := document.read(CHUNK):
                 yield text + document.readline(CHUNK)
             yield ""
+
+
+def checked_pieces(root: Path, file: TextFile, field: str) -> Iterator[str]:
+    """`pieces`, all of them; UserError, at the end if not before, where they are not the texts that `inspect` saw."""
+    digest = hashlib.sha256(b"JSON lines" if file.lines else b"")
+    changed = UserError(f"{root}/{file.name} has changed while it was read: run again")
+    record: list[str] = []
+    chars = 0
+    try:
+        for text in pieces(root, file, field):
+            chars += len(text)
+            if chars > file.chars:  # one that grows as fast as it is read would never end
+                raise changed
+            if not file.lines:
+                digest.update(text.encode())
+            elif text:
+                record.append(text)
+            else:
+                digest.update(framed("".join(record).encode()))
+                record.clear()
+            yield text
+    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile, FileNotFoundError, IsADirectoryError,
+            NotADirectoryError):  # fmt: skip
+        raise changed from None
+    if digest.digest() != file.digest:
+        raise changed

@@ -25,6 +25,11 @@ from layers import ResidualScale, RMSNorm, SwiGLU, compute_dtype, cross_entropy,
 from machine import choose_backend, compile_blocks, document_masks
 from routing import AUX_RECURSIONS, Record, Routed, Router, is_routed, layer_tokens, recurse, statistics
 
+# Beyond these nothing could be trained, and even to count what it costs would take too long.
+WIDEST, DEEPEST = 2**20, 2048
+MOST_IDS = 2**32
+LONGEST = 2**24  # float32, in which rotations are computed, has no odd numbers above it
+
 
 @dataclass(frozen=True)
 class HydraConfig:
@@ -63,6 +68,12 @@ class HydraConfig:
         for name in ("vocab_size", "block_size", "dim", "n_head", "n_kv_head", "n_layer", "compression",
                      "mor_recursions"):  # fmt: skip
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
+        need(self, "dim", self.dim <= WIDEST, f"one matrix of dim x dim is {4e-9 * self.dim**2:,.0f} GB: lower it")
+        need(self, "vocab_size", self.vocab_size <= MOST_IDS, "ids have 32 bits in a token file: lower it")
+        need(self, "block_size", self.block_size <= LONGEST, f"positions beyond {LONGEST:,} are not exact: lower it")
+        depth = self.n_layer * self.mor_recursions
+        remedy = f"{depth:,} layers in a row take a step {depth / 1e3:,.0f} s or more: at most {DEEPEST:,}, lower one"
+        need(self, "n_layer mor_recursions", depth <= DEEPEST, remedy)
         need(self, "window", self.window >= 0, "it must be 0 or positive")
         need(self, "latent_head_dim", self.latent_head_dim >= -1, "use -1 (what fits), 0 (D/C/n_head) or a width")
         need(self, "conv_kernel", 0 <= self.conv_kernel <= 64, "choose a number from 0 to 64")
@@ -79,7 +90,7 @@ class HydraConfig:
         remedy = f"every other block is routed, so that n_layer={self.n_layer} has none: use two or more"
         need(self, "mod_capacity", self.mod_capacity == 0 or self.n_layer > 1, remedy)
         need(self, "pattern", len(self.pattern) > 0, "name at least one layer, such as MMCCCLML")
-        for letter in self.pattern:
+        for letter in dict.fromkeys(self.pattern):
             need(self, "pattern", letter in KINDS, f"unknown letter {letter!r}: use {', '.join(KINDS)}")
         for letter in sorted(set(self.layers)):
             KINDS[letter].check(self)

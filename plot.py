@@ -7,11 +7,12 @@ It reads files and nothing else. matplotlib is not in requirements.txt: pip inst
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from configurator import UserError, build, cli, need, parse
+from configurator import AnyPath, UserError, build, cli, need, parse, usable_path
 
 AXES = ("steps", "tokens", "flops", "seconds")
 SCALING = ("ms_per_token", "routed_fraction", "recursing")
@@ -20,13 +21,22 @@ BARS = ("of_layer_1024", "ms", "step_mb")  # a bar's length: the first of these 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    out: str = "plot.png"  # the picture's file
+    out: AnyPath = "plot.png"  # the picture's file
     x: str = "steps"  # of runs: steps, tokens, flops or seconds
 
     def __post_init__(self):
         need(self, "x", self.x in AXES, f"use {', '.join(AXES)}")
         need(self, "out", self.out.endswith(".png"), "name a .png file")
-        need(self, "out", Path(self.out).parent.is_dir(), "its folder does not exist: make it first")
+        need(self, "out", os.path.isdir(os.path.dirname(self.out) or "."), "its folder does not exist: make it first")
+        need(self, "out", not os.path.isdir(self.out), "it is a folder: name a file")
+
+
+def read(path: Path) -> str:
+    """A file's text; UserError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}: give a readable file") from None
 
 
 def read_run(path: Path, x: str) -> dict[str, tuple[list[float], list[float]]]:
@@ -34,7 +44,7 @@ def read_run(path: Path, x: str) -> dict[str, tuple[list[float], list[float]]]:
     curves: dict[str, tuple] = {"loss": ([], []), "val_bpb": ([], []), "final": ([], [])}
     at = logged = dict.fromkeys(AXES, 0.0)
     pace = tokens = flops = math.nan
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read(path).splitlines():
         try:
             record = dict(json.loads(line))
         except (ValueError, TypeError):  # cut, or of another kind of file
@@ -116,8 +126,8 @@ def draw_bars(rows: list[dict], _: str, figure) -> None:
 def charts_of(path: Path) -> dict[str, tuple]:
     """The charts of a JSON's tables, (function, what to draw, inches of height) by table."""
     try:
-        tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
-    except (ValueError, KeyError, TypeError):
+        tables = json.loads(read(path))["tables"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{str(path)!r} is no JSON of bench.py or scaling.py: give one, or runs") from None
     charts = {}
     for table, rows in tables.items():
@@ -132,13 +142,15 @@ def charts_of(path: Path) -> dict[str, tuple]:
 
 def main(argv: list[str]) -> int:
     words = [word for word in argv if word.startswith("-") or word.endswith(".toml")]
-    paths = [Path(word) for word in argv if word not in words]
+    if "" in argv:  # such as that of a variable which is not set
+        raise UserError("'' is an empty path: name a run's folder, its log.jsonl or a JSON of tables")
+    paths = [Path(usable_path(word, "")) for word in argv if word not in words]
     (options,) = build(parse(words, PlotConfig, doc=__doc__), PlotConfig)
     if not paths:
         raise UserError("nothing to draw: name runs, or a JSON of bench.py or scaling.py")
     paths = [path / "log.jsonl" if path.is_dir() else path for path in paths]
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{str(path)!r} does not exist: name a run's folder, its log.jsonl or a JSON of tables")
     tables = [path for path in paths if path.suffix == ".json"]
     if tables and len(paths) > 1:
@@ -162,7 +174,10 @@ def main(argv: list[str]) -> int:
         draw(what, options.x, figure)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
         out = options.out if len(charts) == 1 else f"{options.out.removesuffix('.png')}_{name}.png"
-        figure.savefig(out)
+        try:
+            figure.savefig(out)
+        except OSError as error:
+            raise UserError(f"out={out!r}: {error.strerror}: name another file") from None
         print(out)
     return 0
 

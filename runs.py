@@ -334,14 +334,14 @@ class RunLog:
             self.say(f"error: {message}; {kept}: lower --learning_rate", error=True)
         return 1
 
-    def final(self, record: dict, batches: int, seconds: float, out_dir: str) -> None:
-        """The number to compare, of so many `batches`, 0 = all."""
+    def final(self, record: dict, batches: int, seconds: float, sampling: str) -> None:
+        """The number to compare, of so many `batches`, 0 = all; and the command that samples the run, if there is."""
         self.write(record | {"final": True})
         part = f"{batches} batches of the" if batches else "whole"
         text = f"{part} validation split: {losses(record)}; "
         text += f"{seconds:.0f} s in all, at most {record['peak_memory'] / 1e6:,.0f} MB of memory"
-        if record["step"] and "val_bpb" in record and out_dir:  # else its ids have no text, or it is lost
-            text += f"; sample it with: python sample.py --out_dir={out_dir} --prompt=import"
+        if sampling:
+            text += f"; sample it with: {sampling}"
         self.say(text)
 
     def step(self, steps: int, record: dict, routing: dict[str, float]) -> None:
@@ -349,8 +349,9 @@ class RunLog:
         self.write(record | routing)
         text = ("step {step:5d} | {done:4.0%} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
                 "clipped {clipped:4.0%} | {ms:.0f} ms | {tokens_per_s:,.0f} tokens/s | "
-                "MFU {mfu:.0%}, by 6N {mfu_6n:.0%}")  # fmt: skip
-        text = text.format(done=record["step"] / steps, **record)
+                "MFU {shares[0]}, by 6N {shares[1]}")  # fmt: skip
+        shares = ["n/a" if record[name] is None else f"{record[name]:.0%}" for name in ("mfu", "mfu_6n")]
+        text = text.format(done=record["step"] / steps, shares=shares, **record)
         for name, value in routing.items():
             text += f" | {name} {value:.3f}"
         minutes, seconds = divmod(int(record["eta_s"]), 60)

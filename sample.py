@@ -5,7 +5,6 @@ are generated in one batch; the first is printed as it comes, the others below i
 """
 
 import codecs
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from accounting import count_params, state_bytes
 from checkpoints import load_checkpoint, load_weights
-from configurator import UserError, build, cli, need, parse
+from configurator import AnyPath, UserError, build, cli, need, parse, usable_path
 from data import stored_tokenizer, text_of, token_text
 from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
-from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth
+from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth, free_memory
 from model import Hydra, HydraConfig
 
 
@@ -30,10 +29,10 @@ from model import Hydra, HydraConfig
 class SampleConfig:
     """What to generate from which checkpoint; raises UserError for values that cannot be."""
 
-    out_dir: str = "out"  # folder of the run
+    out_dir: AnyPath = "out"  # folder of the run
     checkpoint: str = "best"  # which of its checkpoints: best (lowest validation loss) or last
     prompt: tuple[str, ...] = ("import",)  # text to go on from; may be given several times
-    prompt_file: str = ""  # a text file of prompts, one a line, instead; blank lines do not count
+    prompt_file: AnyPath = ""  # a text file of prompts, one a line, instead; blank lines do not count
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 200  # tokens to generate; an end of text ends it earlier
     temperature: float = 0.8  # above 1 flattens the distribution, below 1 sharpens it, 0 takes the likeliest token
@@ -45,6 +44,7 @@ class SampleConfig:
     compile: str = "off"  # on = compile the decode step: 10-20 s once; on a CPU for a single long text
 
     def __post_init__(self):
+        need(self, "out_dir", len(self.out_dir) > 0, "name the folder of a run")
         need(self, "checkpoint", self.checkpoint in ("best", "last"), "use best or last")
         need(self, "dtype", self.dtype in ("auto", *DTYPES), "use auto, float32 or bfloat16")
         need(self, "compile", self.compile in ("on", "off"), "use on or off")
@@ -66,12 +66,25 @@ def read_prompts(path: str) -> list[str]:
     return lines
 
 
+def checkpoint_path(options: SampleConfig) -> Path:
+    """UserError where that checkpoint is missing, with what there is instead."""
+    folder = Path(options.out_dir)
+    path = folder / f"{options.checkpoint}.pt"
+    for name in (f"{options.checkpoint}.pt", "best.pt", "last.pt", "log.jsonl"):
+        if not Path(usable_path(str(folder / name), "")).exists():
+            continue
+        if name == path.name:
+            return path
+        if name == "log.jsonl":
+            raise UserError(f"{path} does not exist: the run in {folder} has not written a checkpoint yet, as it does "
+                            "every eval_interval: train on, or name another run with --out_dir")  # fmt: skip
+        raise UserError(f"{path} does not exist, but {name} does: use --checkpoint={name.removesuffix('.pt')}")
+    raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
+
+
 def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tiktoken.Encoding, list[str]]:
     """(model in the dtype and form that generates, its tokenizer, what is to be said) of the run's checkpoint."""
-    path = Path(options.out_dir) / f"{options.checkpoint}.pt"
-    if not os.path.exists(path) and os.path.exists(path.with_name("last.pt")):
-        raise UserError(f"{path} does not exist, no evaluation behind the first step was the best one so far: use "
-                        "--checkpoint=last")  # fmt: skip
+    path = checkpoint_path(options)
     checkpoint, notes = load_checkpoint(path, {"model_config": HydraConfig}, device)
     enc = stored_tokenizer(checkpoint["train_config"]["tokenizer"], checkpoint["tokenizer"])
     # the core that trained may not run here, eager and on another device
@@ -88,6 +101,18 @@ def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tikt
         if problem:
             notes.append(f"plain weights, 1.3-2 times slower: {problem}")
     return model, enc, notes
+
+
+def check_memory(model: Hydra, num_samples: int, texts: int, slots: int) -> None:
+    """UserError where so many texts of up to `slots` tokens do not fit: their states, and what sampling takes."""
+    weight = model.embed.weight
+    config = model.config
+    sampling = 32 * config.vocab_size  # logits in fp32, sorted, with their places, summed up
+    needed = texts * (state_bytes(config, slots, weight.element_size(), allocated=True) + sampling)
+    room = free_memory(weight.device)
+    if needed > room:
+        raise UserError(f"num_samples={num_samples}: {texts:,} texts of {slots} tokens at once need "
+                        f"{needed / 1e9:,.1f} GB, of which {room / 1e9:,.1f} are free: ask for fewer")  # fmt: skip
 
 
 def write(steps: Iterator[Tensor], prompts: list[str], enc: tiktoken.Encoding):
@@ -132,18 +157,20 @@ def report(model: Hydra, state: DecodingState, prompts: list[int], made: int, st
 
 def main(argv: list[str]) -> int:
     (options,) = build(parse(argv, SampleConfig, doc=__doc__), SampleConfig)
-    prompts = []
-    for prompt in read_prompts(options.prompt_file) if options.prompt_file else options.prompt:
-        prompts += [prompt] * options.num_samples
+    texts = read_prompts(options.prompt_file) if options.prompt_file else options.prompt
+    count = len(texts) * options.num_samples
     device = choose_device(options.device)
     choose_compile(options.compile, device, 0)
-    if options.compile == "on" and device.type == "cpu" and len(prompts) > 1:
-        raise UserError(f"compile='on': on a CPU {len(prompts)} texts at once are slower compiled: use compile=off")
+    if options.compile == "on" and device.type == "cpu" and count > 1:
+        raise UserError(f"compile='on': on a CPU {count} texts at once are slower compiled: use compile=off")
     model, enc, notes = load_model(options, device)
     for note in notes:
         print(note, file=sys.stderr)
-    rows = [torch.tensor(enc.encode_ordinary(prompt) or [enc.eot_token]) for prompt in prompts]
-    slots = min(max(map(len, rows)) + options.max_new_tokens, longest_text(model))  # `generate` refuses a longer text
+    ids = [torch.tensor(enc.encode_ordinary(text) or [enc.eot_token]) for text in texts]
+    slots = min(max(map(len, ids)) + options.max_new_tokens, longest_text(model))  # `generate` refuses a longer text
+    check_memory(model, options.num_samples, count, slots)
+    prompts = [text for text in texts for _ in range(options.num_samples)]
+    rows = [row for row in ids for _ in range(options.num_samples)]
     static = options.compile == "on" or device.type == "cuda"
     least = slots if options.compile == "on" else LEAST  # each length would be compiled anew
     if static:  # two tokens now, so that the rate below is without the compilation and the loading of kernels

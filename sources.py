@@ -31,7 +31,7 @@ import tiktoken
 
 from configurator import UserError, say
 from files import is_run_file
-from formats import CHUNK, TextFile, Unfit, inspect, is_token_file, pieces
+from formats import CHUNK, TextFile, Unfit, checked_pieces, inspect, is_token_file
 
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
@@ -254,7 +254,7 @@ def places(source: Source, number: int, target: int, reach: float) -> Iterator[P
         yield Place(0, target, 0, 0)
         yield Place(2, target, 0, 0)
     size, chars = 0, 0
-    for text in pieces(source.root, source.files[number], source.text_field):
+    for text in checked_pieces(source.root, source.files[number], source.text_field):
         if not text:
             yield Place(0, abs(size - target), size, chars)
         length = byte_count(text)
@@ -360,17 +360,18 @@ def read_texts(data: str, val_data: str = "", fraction: float = 0.1, field: str 
 # ---- tokens
 
 def part_pieces(part: Part) -> Iterator[str]:
-    """The pieces of one side; an empty one ends a document, or what of it is on this side."""
+    """The pieces of one side; an empty one ends a document, or what of it is on this side. UserError where a file has
+    changed since it was scanned."""
     for file, (begin, end) in zip(part.source.files, part.spans, strict=True):
         seen, written = 0, False
-        for text in pieces(part.source.root, file, part.source.text_field) if begin < end else ():
+        for text in checked_pieces(part.source.root, file, part.source.text_field) if begin < end else ():
+            if seen >= end:
+                continue  # what follows is on the other side, but only its end tells that the file is as it was
             kept = text[max(0, begin - seen) : max(0, end - seen)]
             seen += len(text)
             if kept or (written and not text):
                 yield kept
                 written = bool(kept)
-            if seen >= end:
-                break
         if written:
             yield ""
 

@@ -12,9 +12,10 @@ Left out: float16 and its loss scaling, other optimisers.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +26,18 @@ from torch import Tensor, nn
 
 import checkpoints
 import runs
-from accounting import count_params, flops_per_token, memory_plan, pair_flops_per_token, plan_lines, skeleton
+from accounting import (
+    count_params,
+    flops_per_token,
+    least_memory,
+    memory_plan,
+    pair_flops_per_token,
+    plan_lines,
+    skeleton,
+)
 from attention import KINDS, letters_help
 from checkpoints import Kept, Progress, Source
-from configurator import UserError, build, cli, need, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, command, need, parse, to_toml
 from data import (
     Batch,
     Corpus,
@@ -44,19 +53,32 @@ from data import (
     too_short,
 )
 from files import remove_leftovers
-from generate import continue_text
+from generate import continue_text, longest_text
 from layers import IGNORE
-from machine import DTYPES, Machine, Prefetch, attention_peak, choose_machine, peak_memory, total_memory
+from machine import (
+    DTYPES,
+    Machine,
+    Prefetch,
+    attention_peak,
+    choose_device,
+    choose_machine,
+    peak_memory,
+    total_memory,
+)
 from model import Hydra, HydraConfig
 from parallel import ALONE, Ranks, accumulates, distribute, ends_together, join, launched, local, pooled, restarted
 from sources import split_warning
 
+CALL = 1e-4  # seconds that a layer's forward takes at least, however small it is; a backward takes two of them
+COUNTABLE = 2**56  # bytes, of a plan: torch counts with 64 bits, and working memory comes on top
 SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
 # what --init_from may change: the weights are for every value of it
 FREE = ("block_size", "window", "rope_theta", "rope_fraction", "norm_eps", "qk_gain", "ccqa_norm", "value_shift",
         "doc_mask", "attn_backend")  # fmt: skip
 WATCHED = 20  # losses that there must be to tell a spike from them
 MEMORY = 0.02  # weight of the newest loss in their running mean and variance, once they are 50
+LONGEST_SAMPLE = 200  # tokens, of the command that a run ends with
+UNSAID = ("out_dir", "resume", "parallel", "plan", "profile")  # options that change nothing of what a run computes
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
 
@@ -64,16 +86,16 @@ BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evalua
 class TrainConfig:
     """A run: data, schedule, optimiser, outputs; raises UserError, in one line, for values that cannot be."""
 
-    out_dir: str = "out"  # folder of the run: checkpoints, log, configuration
-    resume: bool | str = False  # go on from OUT_DIR/last.pt with its configuration; or from the checkpoint of a path
-    data: str = ""  # a text file or folder, or token shards (folder or glob); empty: this machine's standard library
-    tokenizer: str = "auto"  # auto (texts: python4096, shards: none), bytes, gpt2 or another of tiktoken, a rank file
+    out_dir: AnyPath = "out"  # folder of the run: checkpoints, log, configuration
+    resume: bool | AnyPath = False  # go on from OUT_DIR/last.pt with its configuration; or from another checkpoint
+    data: AnyPath = ""  # a text file or folder, or token shards (folder or glob); empty: the standard library
+    tokenizer: AnyPath = "auto"  # auto (texts: python4096, shards: none), bytes, gpt2 or others of tiktoken, rank file
     sampling: str = "random"  # of windows: random, with replacement; or epochs, each once in an order of its own
     val_fraction: float = 0.1  # part of a text that validates
-    val_data: str = ""  # or a text, or shards, of its own
+    val_data: AnyPath = ""  # or a text, or shards, of its own
     text_field: str = "text"  # of JSON lines: where a record has its text
-    init_from: str = ""  # start from the weights of a run (its folder, or a checkpoint): fine-tuning, a longer block
-    cache_dir: str = "cache"  # folder of the token files
+    init_from: AnyPath = ""  # start from a run's weights (its folder, or a checkpoint): fine-tuning, a longer block
+    cache_dir: AnyPath = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward, over all processes
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
     max_iters: int = 800  # steps of the run
@@ -121,7 +143,8 @@ class TrainConfig:
         need(self, "compile", self.compile in ("auto", "on", "off"), "use auto, on or off")
         need(self, "parallel", self.parallel in ("auto", "ddp", "fsdp"), "use auto, ddp or fsdp")
         need(self, "resume", self.resume != "", "name a checkpoint, or leave the value out to go on from last.pt")
-        need(self, "out_dir", len(self.out_dir) > 0, "name a folder")
+        for name in ("out_dir", "cache_dir"):
+            need(self, name, len(getattr(self, name)) > 0, "name a folder")
         need(self, "seed", self.seed < 2**63, "choose one below 2**63")
 
 
@@ -207,16 +230,16 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
 
 
 @torch.no_grad()
-def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_size: int, batches: int,
+def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_size: int, windows: int,
              device: torch.device, ranks: Ranks = ALONE,
              stop: list[int] | None = None) -> dict[str, float]:  # fmt: skip
-    """val_loss (mean nats per token) and, where bytes are known, val_bpb (bits per byte) over `batches` batches of
+    """val_loss (mean nats per token) and, where bytes are known, val_bpb (bits per byte) over so many `windows` of
     `tokens`, 0 = over all of it; with routers what they did by the causal rule in the last one. Raises runs.Stopped
     before a batch where `stop` has something on some rank."""
     model.eval()
     nats, count, size = 0.0, 0, 0
     rows = ranks.rows(batch_size)
-    for x, y in eval_batches(tokens, batch_size, model.config.block_size, batches):
+    for x, y in eval_batches(tokens, batch_size, model.config.block_size, windows):
         if stop is not None and ranks.any(stop):
             raise runs.Stopped
         targets = y[rows][y[rows] != IGNORE]
@@ -242,6 +265,60 @@ def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], autocast: torch.autocas
         sound = model(*batch).loss.isfinite()
     model.train()
     return not ranks.any(not sound)
+
+
+def eval_windows(run: TrainConfig, checkpoint: dict | None) -> int:
+    """Windows of an evaluation, 0 = all: as many as the run began with, so that `best` compares equals."""
+    if checkpoint is None:
+        return run.batch_size * run.eval_iters
+    began = checkpoint["train_config"]
+    if run.eval_iters != began["eval_iters"]:
+        raise UserError(f"eval_iters={run.eval_iters}: the run in {run.out_dir} evaluates with {began['eval_iters']}, "
+                        "which --resume cannot change: leave it out, or change --final_eval_iters")  # fmt: skip
+    return checkpoint.get("eval_windows", began["batch_size"] * began["eval_iters"])
+
+
+def resumed_with(run: TrainConfig, checkpoint: dict) -> list[str]:
+    """In one line, what a run does differently from its checkpoint on; nothing where it goes on as it was."""
+    began, step, windows = checkpoint["train_config"], checkpoint["step"], eval_windows(run, checkpoint)
+    changed = [name for name, value in began.items() if name not in UNSAID and getattr(run, name) != value]
+    if not changed:
+        return []
+    text = ", ".join(f"{name}={getattr(run, name)!r} (before: {began[name]!r})" for name in changed)
+    schedule = ("learning_rate", "warmup_iters", "max_iters", "min_lr_ratio")
+    before = learning_rate_at(max(0, step - 1), replace(run, **{name: began[name] for name in schedule}))
+    text += f"; the learning rate was {before:.2e} at step {step}, and is {learning_rate_at(step, run):.2e} at the next"
+    if {"batch_size", "gradient_accumulation_steps"} & set(changed) and run.sampling == "epochs":
+        text += "; the epoch goes on at another place: it may leave windows out or take them again"
+    if windows and "batch_size" in changed:
+        text += f"; evaluations stay on the {windows} windows that the run began with"
+    return [f"resumed at step {step} with {text}"]
+
+
+def resume_command(run: TrainConfig, ranks: Ranks) -> str:
+    """How the run goes on from its last.pt; or that it cannot."""
+    if not Path(run.out_dir, "last.pt").exists():
+        return "begin it again"
+    if ranks.size > 1:
+        return f"go on with the same torchrun line and --resume {shlex.quote(f'--out_dir={run.out_dir}')}"
+    return f"go on with: {command('train.py', '--resume', out_dir=run.out_dir)}"
+
+
+def sample_command(model: Hydra, enc, out_dir: str) -> str:
+    """What samples the run's best checkpoint, or its last one; empty where there is none, or no text of its ids, or
+    where its block has no room for a token behind a prompt."""
+    saved = [name for name in ("best", "last") if Path(out_dir, f"{name}.pt").exists()]
+    if not saved or not enc:
+        return ""
+    given: dict[str, int | str] = {"out_dir": out_dir}
+    if saved[0] != "best":
+        given["checkpoint"] = saved[0]
+    room = longest_text(model)
+    for prompt in ("import", ""):  # an empty one is an end of text
+        free = room - max(1, len(enc.encode_ordinary(prompt)))
+        if free > 0:
+            return command("sample.py", **given, prompt=prompt, max_new_tokens=min(LONGEST_SAMPLE, free))
+    return ""
 
 
 def unsound(model: Hydra, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], autocast: torch.autocast,
@@ -270,7 +347,7 @@ def configure(argv: list[str], session: runs.Session,
         return *build(given, *kinds), None, None, []
     path = Path(where.out_dir, "last.pt")
     if isinstance(where.resume, str):
-        path = Path(where.resume).expanduser()
+        path = Path(where.resume)
         path = path / "last.pt" if path.is_dir() else path
     out_dir = given.get("out_dir", str(path.parent))
     if not given.get("plan") and Path(out_dir).is_dir():
@@ -285,7 +362,7 @@ def configure(argv: list[str], session: runs.Session,
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
     config, run = build(given | {"resume": False}, *kinds, base=stored)
-    return config, run, Source(path, checkpoint), None, notes
+    return config, run, Source(path, checkpoint), None, notes + resumed_with(run, checkpoint)
 
 
 def step_work(config: HydraConfig, run: TrainConfig) -> tuple[int, float]:
@@ -352,6 +429,36 @@ def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Source | None,
     return Progress()
 
 
+def check_sizes(config: HydraConfig, run: TrainConfig, ranks: Ranks, device: torch.device | None) -> None:
+    """UserError for what the device could not hold, or would be at for hours: before anything is made. Without a device
+    for what cannot even be counted."""
+    accumulated = run.gradient_accumulation_steps
+    room = total_memory(device) if device else COUNTABLE
+    masked = device is not None and device.type != "cuda"
+    needed = least_memory(config, run.batch_size, accumulated, masked, ranks.size, ranks.mode)
+    names = ["vocab_size", "dim", "n_layer", "mlp_ratio", "block_size"]
+    sizes = [f"{name}={getattr(config, name)}" for name in names]
+    sizes += [f"batch_size={run.batch_size}", f"gradient_accumulation_steps={accumulated}"]
+    if needed > room:
+        raise UserError(f"{', '.join(sizes)}: a step needs {needed / 1e9:,.1f} GB or more, of which "
+                        f"{device or 'a plan'} has {room / 1e9:,.1f}: lower the largest of them")  # fmt: skip
+    check_calls(config, 3 * accumulated, f"gradient_accumulation_steps={accumulated}: a step", "lower it, or n_layer")
+
+
+def check_calls(config: HydraConfig, forwards: int, what: str, remedy: str) -> None:
+    """UserError where even so many forwards of nothing would be silent for too long."""
+    minutes = forwards * config.n_layer * config.mor_recursions * CALL / 60
+    if minutes > SILENT:
+        raise UserError(f"{what} has {forwards:,} forwards, which take {minutes:,.0f} minutes or more: {remedy}")
+
+
+def check_evaluation(config: HydraConfig, run: TrainConfig, val_tokens: int) -> None:
+    """UserError where one would be silent for too long by the number of its batches alone."""
+    batches = math.ceil(math.ceil(val_tokens / config.block_size) / run.batch_size)
+    batches = min(batches, run.eval_iters or batches)
+    check_calls(config, batches, f"eval_iters={run.eval_iters}: an evaluation", "lower it, or raise --batch_size")
+
+
 def minutes_of(flops: float, pairs: float, peak: float, attention: float) -> float:
     """Of so many FLOPs, of which `pairs` are attention's, at these rates."""
     return ((flops - pairs) / peak + pairs / attention) / 60
@@ -410,7 +517,9 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     config, run, source, initial, notes = configure(argv, session)
     ranks, device = join(run.parallel, run.device)
     if run.plan:
+        check_sizes(config, run, ranks, None)
         return print_plan(config, run)
+    check_sizes(config, run, ranks, choose_device(device))
     if ranks.any(restarted()) and ranks.first(checkpoints.has_begun(config, run)):
         again = [*argv, "--resume", f"--out_dir={run.out_dir}"]
         config, run, source, initial, notes = configure(again, session)
@@ -427,7 +536,9 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     # ---- data
     corpus = ranks.one_first(partial(read_corpus, config, run))
     check_work(config, run, machine, ranks, corpus)
+    check_evaluation(config, run, len(corpus.val))
     bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
+    windows = eval_windows(run, source.parts if source else None)
     ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
     ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
     batches = Prefetch(partial(step_batches, corpus.train, config, run, rows), machine.device)
@@ -455,7 +566,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         progress.running = running.tolist()
         configs = {"model_config": asdict(config), "train_config": asdict(run)}
-        content = configs | ids | asdict(progress)
+        content = configs | ids | asdict(progress) | {"eval_windows": windows}
         checkpoints.save_run(out / name, content, model, optimizer, ranks, kept_ones, replaced)
 
     # ---- the run's folder; say what was chosen and why
@@ -502,12 +613,12 @@ def run_training(argv: list[str], session: runs.Session) -> int:
                 kept = f"saved in {out}"
             if asked:
                 session.say(f"step {step:5d} | {kept}")
-        session.farewell = f"stopped at step {step}, {kept}: go on with --resume --out_dir={run.out_dir}"
+        session.farewell = f"stopped at step {step}, {kept}: {resume_command(run, ranks)}"
         if stop:
             raise runs.Stopped
         if due:
             with session.saved(), machine.autocast():
-                found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks,
+                found = evaluate(model, corpus.val, bytes_V, run.batch_size, windows, machine.device, ranks,
                                  session.stop)  # fmt: skip
             best = not lost and found["val_loss"] < progress.best
             log.evaluation({"step": step, **found, "best": best})
@@ -535,21 +646,25 @@ def run_training(argv: list[str], session: runs.Session) -> int:
         numbers, routing = runs.settle(steps, run.grad_clip, progress, log)
         mean = (time.perf_counter() - start) / taken
         pace = (time.perf_counter() - began) / (progress.step - first_step)
+        mfu: list[float | None] = [flops_per_step / mean / machine.peak,
+                                   6 * count_params(config) * tokens_per_step / mean / machine.peak]  # fmt: skip
+        if mfu[0] > 1:  # what was measured is no peak, such as that of emulated bf16
+            mfu = [None, None]
         log.step(run.max_iters, {
             "step": progress.step, **numbers, "lr": group["lr"], "clipped": progress.clipped / max(1, progress.counted),
-            "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean, "mfu": flops_per_step / mean / machine.peak,
-            "mfu_6n": 6 * count_params(config) * tokens_per_step / mean / machine.peak,
+            "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean, "mfu": mfu[0], "mfu_6n": mfu[1],
             "eta_s": (run.max_iters - progress.step) * pace, "skipped": progress.skipped}, routing)  # fmt: skip
         progress.clipped = progress.counted = 0
 
     # ---- the number to compare
     with session.saved(), machine.autocast():
-        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks,
-                         session.stop)  # fmt: skip
+        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.batch_size * run.final_eval_iters,
+                         machine.device, ranks, session.stop)  # fmt: skip
     found = {"step": progress.step, **found, "peak_memory": peak_memory(machine.device)}
     if not math.isfinite(found["val_loss"]) or not math.isfinite(numbers["loss"]):
         lost = lost or "the loss"
-    log.final(found, run.final_eval_iters, time.perf_counter() - began, "" if lost else run.out_dir)
+    sampling = "" if lost else sample_command(model, corpus.enc, run.out_dir)
+    log.final(found, run.final_eval_iters, time.perf_counter() - began, sampling)
     if lost:
         return log.give_up(progress.step, f"the run ended and {lost} is not finite", kept)
     return 0

@@ -250,10 +250,10 @@ def test_text_of_tokens_survives_cuts_and_unknown_ids():
 
 def test_limited_evaluation_is_spread_evenly_and_repeats():
     tokens = np.arange(801, dtype=np.uint16)  # 100 windows
-    first = [x[:, 0].tolist() for x, _ in data.eval_batches(tokens, 2, 8, max_batches=5)]
+    first = [x[:, 0].tolist() for x, _ in data.eval_batches(tokens, 2, 8, max_windows=10)]
     assert first == [[0, 80], [160, 240], [320, 400], [480, 560], [640, 720]]
-    assert first == [x[:, 0].tolist() for x, _ in data.eval_batches(tokens, 2, 8, max_batches=5)]
-    everything = sum((y != -1).sum().item() for _, y in data.eval_batches(tokens, 2, 8, max_batches=1000))
+    assert first == [x[:, 0].tolist() for x, _ in data.eval_batches(tokens, 2, 8, max_windows=10)]
+    everything = sum((y != -1).sum().item() for _, y in data.eval_batches(tokens, 2, 8, max_windows=2000))
     assert everything == 800
     with pytest.raises(UserError, match="too few"):
         next(data.eval_batches(tokens[:1], 2, 8))

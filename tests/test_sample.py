@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,8 +263,36 @@ def test_sample_refuses_in_one_line(tmp_path, changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_run_that_was_not_evaluated_is_sampled_from_its_last_checkpoint(trained, tmp_path):
+@pytest.mark.faults
+def test_a_missing_checkpoint_is_named_with_what_there_is(trained, tmp_path, monkeypatch):
+    def refused(*args: str) -> str:
+        with pytest.raises(UserError) as error:
+            sample.main([f"--out_dir={tmp_path}", *args])
+        return str(error.value).removeprefix(f"{tmp_path}/")
+
+    assert refused() == "best.pt does not exist: train first, or name the run's folder with --out_dir=PATH"
+    assert refused("--checkpoint=last").startswith("last.pt does not exist: train first")
+    (tmp_path / "log.jsonl").touch()
+    assert f"the run in {tmp_path} has not written a checkpoint yet" in refused()
     (tmp_path / "last.pt").write_bytes((trained / "last.pt").read_bytes())
-    with pytest.raises(UserError, match="was the best one so far: use --checkpoint=last"):
-        sample.main([f"--out_dir={tmp_path}"])
+    assert refused() == "best.pt does not exist, but last.pt does: use --checkpoint=last"
     assert sample.main([f"--out_dir={tmp_path}", "--checkpoint=last", "--max_new_tokens=2"]) == 0
+    (tmp_path / "last.pt").rename(tmp_path / "best.pt")
+    assert refused("--checkpoint=last") == "last.pt does not exist, but best.pt does: use --checkpoint=best"
+    real = os.stat
+
+    def denied(path, *args, **keys):  # chmod would not stop root
+        if str(path).endswith(".pt"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args, **keys)
+
+    monkeypatch.setattr("configurator.os.stat", denied)
+    assert refused() == f"'{tmp_path}/best.pt': Permission denied: give another path"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("args", [["--num_samples=9223372036854775807"], ["--num_samples=100000000"],
+                                  ["--num_samples=1000000000", "--max_new_tokens=0"]])  # fmt: skip
+def test_more_texts_than_fit_are_refused_with_the_estimate(trained, args):
+    with pytest.raises(UserError, match=r"num_samples=.*: [0-9,]* texts of .* need [0-9,.]* GB, of which .* are free"):
+        sample.main([f"--out_dir={trained}", "--prompt=ab", "--max_new_tokens=9", *args])

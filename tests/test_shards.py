@@ -261,7 +261,7 @@ def test_evaluation_meets_every_target_of_every_shard_once(lengths):
     assert targets[targets != -1].tolist() == [WIDTH * i + at for i, n in enumerate(lengths) for at in range(1, n)]
     for x, y in batches:
         assert x.shape == y.shape == (3, 8) and torch.equal(x[y != -1], y[y != -1] - 1)
-    some = [x[:, 0].tolist() for x, _ in data.eval_batches(in_order((17, 17)), 1, 8, max_batches=2)]
+    some = [x[:, 0].tolist() for x, _ in data.eval_batches(in_order((17, 17)), 1, 8, max_windows=2)]
     assert some == [[0], [WIDTH]]
 
 

@@ -687,3 +687,127 @@ def test_an_interrupted_preparation_leaves_nothing_and_two_at_once_agree(folder,
     alone = prepare(folder, tmp_path / "alone")
     assert all(np.array_equal(c.train, alone.train) and np.array_equal(c.val, alone.val) for c in corpora)
     assert len(os.listdir(tmp_path / "cache")) == 2
+
+
+# ---- texts that change under the reader
+
+
+def grow(path):
+    path.write_bytes(path.read_bytes() + b"more\n")
+
+
+def shrink(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def change_a_letter(path):
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def change_the_end(path):
+    path.write_bytes(path.read_bytes()[:-2] + b"~\n")
+
+
+def become_binary(path):
+    path.write_bytes(bytes(range(256)) * 9)
+
+
+def vanish(path):
+    path.unlink()
+
+
+def become_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def become_empty(path):
+    path.write_bytes(b"")
+
+
+CHANGES = [grow, shrink, change_a_letter, change_the_end, become_binary, vanish, become_a_folder, become_empty]
+LINES = "".join(f"line {i} né\n" for i in range(60))
+
+
+FOLDER = {"a.txt": LINES} | {f"{i}.txt": f"text {i}\n" * 40 for i in range(30)}  # a.txt is on one of the sides
+PACKED = {"a.txt.gz": gzip.compress(LINES.encode(), mtime=0)}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("files", "change", "chunk"), [
+    *[({"a.txt": LINES}, change, 50) for change in CHANGES],  # it is cut into both sides
+    *[({"a.txt": LINES}, change, 1 << 18) for change in (grow, shrink, change_a_letter, become_binary)],
+    *[({"a.jsonl": jsonl([LINES, "b" * 90, "", LINES])}, change, 50) for change in (grow, shrink, change_a_letter)],
+    *[(PACKED, change, 50) for change in (shrink, change_a_letter)],
+    *[(FOLDER, change, 50) for change in (grow, vanish)],
+], ids=lambda it: getattr(it, "__name__", None))
+def test_a_text_that_changes_while_it_is_read_is_named_and_not_cached(change, files, chunk, tmp_path, monkeypatch):
+    """Between the scan and the encoding of either side; put back it is encoded as if nothing had been."""
+    set_chunk(monkeypatch, chunk)
+    root = tmp_path / "texts"
+    write_folder(root, files)
+    path = root / next(iter(files))
+    (tmp_path / "alone").mkdir()
+    expected = prepare(root, tmp_path / "alone")
+    real_encode = sources.encode
+    for side in (0, 1):
+        calls = []
+
+        def encode(part, enc, side=side, calls=calls):
+            if len(calls) == side:
+                change(path)
+            calls.append(1)
+            return real_encode(part, enc)
+
+        monkeypatch.setattr(data, "encode", encode)
+        read = any(file.name == path.name and begin < end for part in sources.read_texts(str(root)).parts[side:]
+                   for file, (begin, end) in zip(part.source.files, part.spans, strict=True))  # fmt: skip
+        if read:
+            with pytest.raises(UserError, match=f"{path.name} has changed while it was read: run again$"):
+                prepare(root, tmp_path)
+            assert os.listdir(tmp_path / "cache") == []
+        if path.is_dir():
+            path.rmdir()
+        write_folder(root, files)
+    monkeypatch.setattr(data, "encode", real_encode)
+    corpus = prepare(root, tmp_path)
+    assert corpus.fingerprint == expected.fingerprint
+    assert np.array_equal(corpus.train, expected.train) and np.array_equal(corpus.val, expected.val)
+
+
+@pytest.mark.faults
+def test_a_text_that_grows_as_fast_as_it_is_read_ends(tmp_path, monkeypatch):
+    set_chunk(monkeypatch, 100)
+    path = tmp_path / "a.txt"
+    path.write_text(LINES)
+    source = sources.user_source(str(path))
+    pieces = 0
+    with pytest.raises(UserError, match="a.txt has changed while it was read: run again"):
+        for _ in formats.checked_pieces(source.root, source.files[0], "text"):
+            pieces += 1
+            assert pieces < 20
+            with path.open("a") as file:
+                file.write(LINES)
+
+@pytest.mark.faults
+def test_no_token_file_is_empty(tmp_path):
+    enc = data.get_tokenizer("bytes")
+    for ids in ([], [[]], [[], [1]]):
+        with pytest.raises(UserError, match="t.bin would have [01] tokens: its text has changed"):
+            data.write_tokens(tmp_path / "t.bin", iter(ids), enc, "")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.faults
+def test_the_side_that_a_change_is_not_on_sees_it_too(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(LINES)
+    train_part, val_part, _ = sources.split(sources.user_source(str(path)), 0.3)
+    kept = "".join(sources.part_pieces(train_part))
+    assert kept and LINES == kept + "".join(sources.part_pieces(val_part))
+    change_the_end(path)
+    for part in (train_part, val_part):
+        with pytest.raises(UserError, match="has changed while it was read"):
+            list(sources.part_pieces(part))

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -516,7 +517,7 @@ def evaluation_by_hand(model: Hydra, tokens: np.ndarray, batches: int, sizes: to
     """(nats per token, bits per byte), window by window."""
     model.eval()
     nats, count, size = 0.0, 0, 0
-    for x, y in eval_batches(tokens, 2, 32, batches):
+    for x, y in eval_batches(tokens, 2, 32, 2 * batches):
         for row, targets in zip(x, y, strict=True):
             kept = int((targets != IGNORE).sum())
             if not kept:
@@ -539,7 +540,7 @@ def test_evaluation_is_nats_per_token_and_bits_per_byte():
     found = train.evaluate(model, tokens, sizes, 3, 0, CPU)
     assert found["val_loss"] == pytest.approx(math.log(257), abs=1e-5)
     assert found["val_bpb"] == pytest.approx(math.log2(257), abs=1e-5)
-    half = train.evaluate(model, tokens, 2 * sizes, 3, 2, CPU)
+    half = train.evaluate(model, tokens, 2 * sizes, 3, 6, CPU)
     assert half["val_bpb"] == pytest.approx(math.log2(257) / 2, abs=1e-5)
     assert found.keys() == {"val_loss", "val_bpb"}
 
@@ -561,13 +562,13 @@ def test_evaluation_follows_the_causal_rule_and_weighs_by_targets(routing, batch
         modes.append((module.training, torch.is_grad_enabled()))
 
     hook = model.register_forward_pre_hook(note)
-    found = train.evaluate(model, tokens, sizes, 2, batches, CPU)
+    found = train.evaluate(model, tokens, sizes, 2, 2 * batches, CPU)
     hook.remove()
     assert set(modes) == {(False, False)} and len(modes) == (batches or 3)
     assert all(module.training for module in model.modules())
     nats, bits = evaluation_by_hand(model, tokens, batches, sizes)
     assert found["val_loss"] == pytest.approx(nats, rel=1e-5) and found["val_bpb"] == pytest.approx(bits, rel=1e-5)
-    x, y = list(eval_batches(tokens, 2, 32, batches))[-1]
+    x, y = list(eval_batches(tokens, 2, 32, 2 * batches))[-1]
     model.eval()
     last = model(x, y).routing
     names = {"mod_capacity": "routed_fraction", "mor_recursions": "mean_depth"}
@@ -698,7 +699,7 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
     model = Hydra(config).eval()
     model.load_state_dict(checkpoint(tmp_path / "first", "best")["model"])
     corpus = prepare(str(other), "bytes", str(tmp_path / "cache"))
-    x, y = next(eval_batches(corpus.val, 4, 48, 2))
+    x, y = next(eval_batches(corpus.val, 4, 48, 8))
     with torch.no_grad():
         expected = model(x, y).cross_entropy.item()
     found = [r for r in records(tmp_path / "tuned") if "best" in r][0]["val_loss"]
@@ -719,6 +720,7 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
     ({"block_size": 10**6, "batch_size": 64}, "needs 1000001 tokens, .*; batch_size=64 and block_size=1000000: "),
     ({"block_size": 40_000, "batch_size": 10**4}, "^batch_size=10000 and block_size=40000: "),
     ({"gradient_accumulation_steps": 10**8}, "^batch_size=2 and block_size=32: "),
+    ({"n_layer": 600, "eval_iters": 10**7}, "batch_size=2 and block_size=32: .* takes .* minutes or more, an eval"),
 ])  # fmt: skip
 def test_what_cannot_fit_or_end_is_refused_before_it_begins(tmp_path, changes, words):
     """With memory and time, whichever of them it is."""
@@ -811,6 +813,50 @@ def test_a_path_that_cannot_be_is_one_line_whatever_it_is_for(tmp_path, path, mo
             sample.main(args[:1]) if len(args) == 1 else train.main(args)
     with pytest.raises(UserError):
         sample.main([f"--prompt_file={path}"])
+HUGE = 2**63 - 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("changes, words", [
+    ({"dim": 10**7}, "dim=10000000: one matrix of dim x dim is 400,000 GB: lower it"),
+    ({"dim": HUGE}, "one matrix of dim x dim is"),
+    ({"dim": 10**6}, "dim=1000000, .*: a step needs [0-9,.]* GB or more, of which cpu has"),
+    ({"vocab_size": HUGE}, "vocab_size=.*: ids have 32 bits"),
+    ({"vocab_size": 10**9}, "vocab_size=1000000000, .* GB or more, of which cpu has"),
+    ({"block_size": HUGE}, "block_size=.*: positions beyond 16,777,216 are not exact"),
+    ({"block_size": 10**6, "batch_size": 10**4}, "block_size=1000000, batch_size=10000, .* GB or more"),
+    ({"block_size": 10**6, "doc_mask": "true"}, "block_size=1000000, .* GB or more"),
+    ({"block_size": 10**6, "window": 5 * 10**5}, "block_size=1000000, .* GB or more"),
+    ({"batch_size": HUGE}, "batch_size=.* GB or more"), ({"batch_size": 10**9}, "batch_size=.* GB or more"),
+    ({"n_layer": HUGE}, "n_layer=.*, mor_recursions=1: .* layers in a row take a step .* s or more: at most 2,048"),
+    ({"n_layer": 10**6}, "1,000,000 layers in a row take a step 1,000 s or more: at most 2,048, lower one"),
+    ({"mor_recursions": HUGE}, "layers in a row"), ({"mor_recursions": 10**4}, "80,000 layers in a row"),
+    ({"n_head": HUGE}, "n_head=.*heads need an even width"), ({"n_kv_head": HUGE}, "n_kv_head="),
+    ({"n_head": HUGE, "n_kv_head": HUGE, "pattern": "C"}, "latent_head_dim"), ({"compression": HUGE}, "compression="),
+    ({"latent_head_dim": HUGE}, "latent_head_dim="), ({"mlp_ratio": 1e3, "dim": 2**20}, "mlp_ratio=1000.0, .* GB or m"),
+    ({"gradient_accumulation_steps": HUGE}, "gradient_accumulation_steps="),
+    ({"gradient_accumulation_steps": 10**7}, "a step has 30,000,000 forwards, which take 400 minutes or more: lower"),
+    ({"n_layer": 600, "gradient_accumulation_steps": 10**4}, "a step has 30,000 forwards, which take 30 minutes"),
+    ({"vocab_size": 2**63}, "int of 64 bits"), ({"plan": "true", "batch_size": HUGE}, "of which a plan has"),
+], ids=str)  # fmt: skip
+def test_sizes_that_cannot_be_are_refused_before_anything_is_made(tmp_path, monkeypatch, changes, words):
+    """Not even a corpus is looked for, a peak measured or a layer made for it."""
+    for name in ("read_corpus", "choose_machine", "print_plan", "step_work", "Hydra"):
+        monkeypatch.setattr(train, name, None)
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=words) as error:
+        train.main(options(tmp_path, "run", **changes))
+    assert str(error.value).isprintable() and time.perf_counter() - began < 5 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults
+def test_an_evaluation_of_too_many_batches_is_refused_before_the_run_has_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CALL", 1.0)
+    with pytest.raises(UserError, match="eval_iters=40: an evaluation has 40 forwards, which take 5 minutes or more"):
+        train.main(options(tmp_path, "run", eval_iters=40))
+    with pytest.raises(UserError, match="eval_iters=0: an evaluation has .* forwards"):
+        train.main(options(tmp_path, "run", eval_iters=0))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_split_that_is_none_is_a_warning(tmp_path, capsys):
@@ -955,6 +1001,116 @@ def test_kill_interrupt_and_resume_equal_one_straight_run(tmp_path):
     assert [r["resumed_at"] for r in records(broken) if "resumed_at" in r] == [reached, stopped]
     assert equal(weights(broken), weights(straight))
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("keys, expected", [
+    ({}, ["--prompt=import", "--max_new_tokens=200"]),
+    ({"block_size": 256}, ["--prompt=import", "--max_new_tokens=200"]),
+    ({"block_size": 8}, ["--prompt=import", "--max_new_tokens=2"]),
+    ({"block_size": 6}, ["--prompt=", "--max_new_tokens=5"]),
+    ({"block_size": 2}, ["--prompt=", "--max_new_tokens=1"]),
+    ({"block_size": 1}, []),
+    ({"max_iters": 0}, []),
+    ({"block_size": 8, "pattern": "M", "window": 3}, ["--prompt=import", "--max_new_tokens=200"]),
+], ids=str)  # fmt: skip
+def test_the_command_that_a_run_ends_with_runs_as_printed(tmp_path, capsys, monkeypatch, keys, expected):
+    """For any block, a folder that the shell must not read, a run without a checkpoint; and it fills the block."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
+    keys = {"block_size": 206, "max_iters": 1, "n_layer": 1, "pattern": "C", "final_eval_iters": 1} | keys
+    assert train.main(options(tmp_path, "it's $HOME; a\trun", **keys)) == 0
+    _, found, line = capsys.readouterr().out.strip().rpartition("; sample it with: ")
+    assert bool(found) == bool(expected)
+    if expected:
+        program, script, *args = shlex.split(line)
+        assert [program, script] == ["python", "sample.py"] and args[-2:] == expected
+        assert sample.main([*args, "--top_k=1"]) == 0
+        told = capsys.readouterr()
+        assert told.out.startswith(expected[0].removeprefix("--prompt=")) and "tokens" in told.err
+
+
+@pytest.mark.faults
+def test_a_run_whose_first_evaluation_was_its_best_is_sampled_from_its_last_checkpoint(tmp_path, capsys, monkeypatch):
+    given = iter([1.0, 2.0, 2.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"val_loss": next(given), "val_bpb": 1.0})
+    monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
+    assert train.main(options(tmp_path, "run", max_iters=1, sample_tokens=0)) == 0
+    assert not (tmp_path / "run" / "best.pt").exists()
+    line = capsys.readouterr().out.strip().rpartition("; sample it with: ")[2]
+    assert "--checkpoint=last" in shlex.split(line)
+    assert sample.main(shlex.split(line)[2:]) == 0
+
+
+@pytest.mark.faults
+def test_the_command_of_a_stopped_run_goes_on_with_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert train.main(options(tmp_path, "a run", max_iters=3)) == 130
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    program, script, *args = shlex.split(line.rpartition(": go on with: ")[2])
+    assert [program, script] == ["python", "train.py"]
+    assert train.main(args) == 0
+    assert checkpoint(tmp_path / "a run")["step"] == 3
+
+
+@pytest.mark.faults
+def test_a_changed_resume_says_in_one_line_what_changes(tmp_path, capsys):
+    """The rate on both sides of the join as the log has it; nothing where nothing changes."""
+    out = tmp_path / "run"
+    train.main(options(tmp_path, "run", max_iters=3, eval_interval=3, learning_rate=0.01, warmup_iters=1))
+    for changes, words in (
+        ([], []),
+        (["--max_iters=5"], ["max_iters=5 (before: 3)"]),
+        (["--max_iters=7", "--learning_rate=0.02", "--batch_size=3", "--gradient_accumulation_steps=2"],
+         ["max_iters=7 (before: 5)", "learning_rate=0.02 (before: 0.01)", "batch_size=3 (before: 2)",
+          "gradient_accumulation_steps=2 (before: 1)", "evaluations stay on the 4 windows that the run began with"]),
+        (["--max_iters=8", "--sampling=epochs", "--batch_size=1"],
+         ["sampling='epochs' (before: 'random')", "the epoch goes on at another place"]),
+    ):  # fmt: skip
+        capsys.readouterr()
+        step = checkpoint(out)["step"]
+        assert train.main([f"--out_dir={out}", "--resume", *changes]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed at step")]
+        assert len(lines) == bool(words)
+        rates = {r["step"]: r["lr"] for r in step_records(out)}
+        if words:
+            assert all(word in lines[0] for word in words), lines
+            joined = f"was {rates[step]:.2e} at step {step}, and is {rates[step + 1]:.2e} at the next"
+            assert f"the learning rate {joined}" in lines[0]
+
+
+@pytest.mark.faults
+def test_a_run_resumed_with_another_batch_evaluates_on_the_windows_that_it_began_with(tmp_path, monkeypatch):
+    """Once, and once more; so many is no multiple of the new batch. Another number of them is refused."""
+    out, seen = tmp_path / "run", []
+    real = train.eval_batches
+
+    def eval_batches(*args):
+        batches = list(real(*args))
+        rows = torch.cat([y for _, y in batches])
+        seen.append(rows[(rows != IGNORE).any(1)])
+        return iter(batches)
+
+    monkeypatch.setattr(train, "eval_batches", eval_batches)
+    train.main(options(tmp_path, "run", max_iters=1, batch_size=4, eval_iters=2, sample_tokens=0))
+    for steps, batch_size in ((2, 3), (3, 3), (4, 5)):
+        train.main([f"--out_dir={out}", "--resume", f"--max_iters={steps}", f"--batch_size={batch_size}"])
+    evaluations = [rows for rows in seen if len(rows) == 8]
+    assert len(evaluations) == 2 + 3 and all(torch.equal(rows, evaluations[0]) for rows in evaluations)
+    with pytest.raises(UserError, match="eval_iters=9: the run in .* evaluates with 2, which --resume cannot change"):
+        train.main([f"--out_dir={out}", "--resume", "--max_iters=5", "--eval_iters=9"])
+
+
+@pytest.mark.faults
+def test_utilisation_is_not_told_where_the_peak_is_none(tmp_path, capsys, monkeypatch):
+    """As with emulated bf16, whose products are slower than the model's."""
+    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e4)
+    monkeypatch.setattr(train, "check_work", lambda *args: None)
+    train.main(options(tmp_path, "run", max_iters=1))
+    assert "| MFU n/a, by 6N n/a |" in capsys.readouterr().out
+    assert [(r["mfu"], r["mfu_6n"]) for r in step_records(tmp_path / "run")] == [(None, None)]
 
 
 def test_a_longer_run_is_a_resumed_shorter_one(tmp_path):
@@ -1109,7 +1265,7 @@ def test_moments_are_restored_and_options_are_not():
     (["--min_lr_ratio=1.5"], "min_lr_ratio=1.5: choose a value from 0 to 1"),
     (["--max_iters=-1"], "max_iters=-1"), (["--beta2=1"], "beta2=1.0"), (["--compile=maybe"], "compile='maybe'"),
     (["--eval_interval=0"], "eval_interval=0"), (["--out_dir="], "out_dir=''"), (["--seed=-5"], "seed=-5"),
-    ([f"--seed={2**63}"], "choose one below"),
+    ([f"--seed={2**63}"], "is not an int of 64 bits"), (["--cache_dir="], "cache_dir='' is an empty path"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, changes, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")) as error:
