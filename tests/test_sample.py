@@ -264,6 +264,6 @@ def test_sample_refuses_in_one_line(tmp_path, changes, words):
 
 def test_a_run_that_was_not_evaluated_is_sampled_from_its_last_checkpoint(trained, tmp_path):
     (tmp_path / "last.pt").write_bytes((trained / "last.pt").read_bytes())
-    with pytest.raises(UserError, match="was not evaluated yet: use --checkpoint=last"):
+    with pytest.raises(UserError, match="no evaluation behind the first .* so far: use --checkpoint=last"):
         sample.main([f"--out_dir={tmp_path}"])
     assert sample.main([f"--out_dir={tmp_path}", "--checkpoint=last", "--max_new_tokens=2"]) == 0

@@ -716,8 +716,8 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"block_size": 10**6, "batch_size": 64}, "needs 1000001 tokens, .*; batch_size=64 and block_size=1000000: "),
-    ({"block_size": 40_000, "batch_size": 10**4}, "^batch_size=10000 and block_size=40000: "),
+    ({"block_size": 10**6, "batch_size": 10**4}, "needs 1000001 tokens, .*; batch_size=10000 and block_size=1000000: "),
+    ({"block_size": 40_000, "batch_size": 10**5}, "^batch_size=100000 and block_size=40000: "),
     ({"gradient_accumulation_steps": 10**8}, "^batch_size=2 and block_size=32: "),
 ])  # fmt: skip
 def test_what_cannot_fit_or_end_is_refused_before_it_begins(tmp_path, changes, words):
