@@ -1105,6 +1105,7 @@ def test_moments_are_restored_and_options_are_not():
     (["--device=mps"], "sees no Apple GPU: use device=auto or cpu"),
     (["--batch_size=0"], "batch_size=0: it must be at least 1"),
     (["--min_lr_ratio=1.5"], "min_lr_ratio=1.5: choose a value from 0 to 1"),
+    (["--text_field="], "text_field='': name a field"),
     (["--max_iters=-1"], "max_iters=-1"), (["--beta2=1"], "beta2=1.0"), (["--compile=maybe"], "compile='maybe'"),
     (["--eval_interval=0"], "eval_interval=0"), (["--out_dir="], "out_dir=''"), (["--seed=-5"], "seed=-5"),
     ([f"--seed={2**63}"], "choose one below"),
