@@ -785,6 +785,7 @@ def test_what_init_from_may_change_and_what_not():
     for name, value in changes.items():
         if name in (*train.FREE, "mod_capacity"):
             check(shape(**other | {name: value}), shape(**other))
+            Hydra(shape(**other | {name: value})).load_state_dict(Hydra(shape(**other)).state_dict())
         else:
             with pytest.raises(UserError, match=rf"^{name}=.*: leave out --{name}$"):
                 check(shape(**other | {name: value}), shape(**other))
