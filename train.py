@@ -468,8 +468,8 @@ def check_work(config: HydraConfig, run: TrainConfig, machine: Machine, ranks: R
     """UserError where a step cannot fit into the device, or where step or evaluation would be silent for too long."""
     B, T = run.batch_size, config.block_size
     room = total_memory(machine.device)
-    needed = 32 * B * T * config.dim * config.n_layer  # about what the blocks keep
-    if needed > room / 8:  # else the count is not worth its seconds
+    needed = 32 * (B // ranks.size) * T * config.dim * config.n_layer  # about what the blocks keep
+    if room / 8 < needed < 8 * room:  # else the count is not worth its seconds
         plan = memory_plan(config, B, T, machine.dtype, "", run.recompute == "block", ranks.size, ranks.mode)
         needed = sum(plan.values())
     step_tokens, flops = step_work(config, run)

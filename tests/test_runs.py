@@ -403,13 +403,15 @@ def test_another_model_cannot_be_resumed_but_another_core_can(tmp_path):
         init_from: str = ""
         max_iters: int = 1
 
-    content = stored(model_config={"dim": 2, "attn_backend": "flex"},
-                     train_config={"tokenizer": "gpt2", "init_from": "", "max_iters": 8}, step=5)  # fmt: skip
+    trained = {"tokenizer": "gpt2", "init_from": "other", "max_iters": 8}
+    content = stored(model_config={"dim": 2, "attn_backend": "flex"}, train_config=trained, step=5)
     torch.save(content, tmp_path / "last.pt")
-    for given in ({}, {"dim": 2}, {"attn_backend": "sdpa"}, {"tokenizer": "gpt2", "max_iters": 9}):
+    for given in ({}, {"dim": 2}, {"attn_backend": "sdpa"}, {"tokenizer": "gpt2", "max_iters": 9},
+                  {"init_from": "other"}):  # fmt: skip
         found, notes = checkpoints.resumable(tmp_path / "last.pt", given, Model, Run)
         assert found["model_config"]["dim"] == 2 and notes == []
-    for given, words in (({"dim": 1}, "dim=1: the run in .* has 2"), ({"tokenizer": "bytes"}, "has 'gpt2'")):
+    for given, words in (({"dim": 1}, "dim=1: the run in .* has 2"), ({"tokenizer": "bytes"}, "has 'gpt2'"),
+                         ({"init_from": "more"}, "init_from='more': the run in .* has 'other'")):  # fmt: skip
         with pytest.raises(UserError, match=words + ", which --resume cannot change"):
             checkpoints.resumable(tmp_path / "last.pt", given, Model, Run)
     assert checkpoints.resumable(tmp_path / "last.pt", {"max_iters": 5}, Model, Run)[0]["step"] == 5

@@ -717,8 +717,8 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"block_size": 10**6, "batch_size": 64}, "needs 1000001 tokens, .*; batch_size=64 and block_size=1000000: "),
-    ({"block_size": 40_000, "batch_size": 10**4}, "^batch_size=10000 and block_size=40000: "),
+    ({"block_size": 10**6, "batch_size": 10**4}, "needs 1000001 tokens, .*; batch_size=10000 and block_size=1000000: "),
+    ({"block_size": 40_000, "batch_size": 10**5}, "^batch_size=100000 and block_size=40000: "),
     ({"gradient_accumulation_steps": 10**8}, "^batch_size=2 and block_size=32: "),
     ({"n_layer": 600, "eval_iters": 10**7}, "batch_size=2 and block_size=32: .* takes .* minutes or more, an eval"),
 ])  # fmt: skip
@@ -788,6 +788,7 @@ def test_what_init_from_may_change_and_what_not():
     for name, value in changes.items():
         if name in (*train.FREE, "mod_capacity"):
             check(shape(**other | {name: value}), shape(**other))
+            Hydra(shape(**other | {name: value})).load_state_dict(Hydra(shape(**other)).state_dict())
         else:
             with pytest.raises(UserError, match=rf"^{name}=.*: leave out --{name}$"):
                 check(shape(**other | {name: value}), shape(**other))
@@ -1263,6 +1264,7 @@ def test_moments_are_restored_and_options_are_not():
     (["--device=mps"], "sees no Apple GPU: use device=auto or cpu"),
     (["--batch_size=0"], "batch_size=0: it must be at least 1"),
     (["--min_lr_ratio=1.5"], "min_lr_ratio=1.5: choose a value from 0 to 1"),
+    (["--text_field="], "text_field='': name a field"),
     (["--max_iters=-1"], "max_iters=-1"), (["--beta2=1"], "beta2=1.0"), (["--compile=maybe"], "compile='maybe'"),
     (["--eval_interval=0"], "eval_interval=0"), (["--out_dir="], "out_dir=''"), (["--seed=-5"], "seed=-5"),
     ([f"--seed={2**63}"], "is not an int of 64 bits"), (["--cache_dir="], "cache_dir='' is an empty path"),
