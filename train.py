@@ -11,6 +11,7 @@ Left out: float16 and its loss scaling, other optimisers.
 """
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -244,8 +245,8 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, Source | None,
         return *build(given, *kinds), None, []
     path = Path(where.out_dir, "last.pt")
     if isinstance(where.resume, str):
-        path = Path(where.resume).expanduser()
-        path = path / "last.pt" if path.is_dir() else path
+        path = Path(os.path.expanduser(where.resume))
+        path = path / "last.pt" if os.path.isdir(path) else path
     checkpoint, notes = checkpoints.resumable(path, given, *kinds)
     out_dir = given.get("out_dir", str(path.parent))
     if path != Path(out_dir, "last.pt"):
@@ -254,7 +255,10 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, Source | None,
     stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": out_dir, "profile": 0}
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
-    config, run = build(given | {"resume": False}, *kinds, base=stored)
+    try:
+        config, run = build(given | {"resume": False}, *kinds, base=stored)
+    except UserError as error:
+        raise UserError(f"going on from {path}: {error}") from error
     return config, run, Source(path, checkpoint), notes
 
 
