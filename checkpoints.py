@@ -103,7 +103,7 @@ def check_sums(file: BinaryIO) -> None:
     file.seek(0)  # torch takes the place where the file stands for its begin
     reader = torch._C.PyTorchFileReader(file)
     names = [entry.filename.partition("/")[2] for entry in entries]
-    if sorted(reader.get_all_records()) != sorted(set(names)) or len(set(names)) < len(names):
+    if sorted(reader.get_all_records()) != sorted(set(names)):
         raise ValueError("not one archive")
     for name, entry in zip(names, entries, strict=True):
         plain = entry.compress_type == zipfile.ZIP_STORED and not entry.external_attr & FOLDER
@@ -136,6 +136,8 @@ def read_archive(path: Path, device: torch.device | str, option: str) -> object:
                             "checkpoint") from error  # fmt: skip
         raise foreign(path, error) from error
     except BROKEN as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise UserError(f"{path} cannot be read (there is not enough memory for it): free some") from error
         raise foreign(path, error) from error
 
 
@@ -408,11 +410,9 @@ def restore(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.opt
         read_parts(path.with_name(checkpoint["shards"]), contents(model, optimizer))
         check_values(path, model, optimizer, ranks)
         return
-    check_weights(path, checkpoint["model"], model)
-    if "optimizer" in checkpoint:
-        check_moments(path, checkpoint, model, optimizer)
     load_weights(model, checkpoint, path, ranks)
     if "optimizer" in checkpoint:
+        check_moments(path, checkpoint, model, optimizer)
         restore_optimizer(optimizer, checkpoint["optimizer"])
         check_values(path, model, optimizer, ranks)
 

@@ -12,6 +12,7 @@ Left out: float16 and its loss scaling, other optimisers.
 """
 
 import math
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -348,7 +349,7 @@ def configure(argv: list[str], session: runs.Session,
     path = Path(where.out_dir, "last.pt")
     if isinstance(where.resume, str):
         path = Path(where.resume)
-        path = path / "last.pt" if path.is_dir() else path
+        path = path / "last.pt" if os.path.isdir(path) else path
     out_dir = given.get("out_dir", str(path.parent))
     if not given.get("plan") and Path(out_dir).is_dir():
         session.take(Path(out_dir))
@@ -361,7 +362,10 @@ def configure(argv: list[str], session: runs.Session,
     stored = checkpoint["model_config"] | checkpoint["train_config"] | {"out_dir": out_dir, "profile": 0}
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
-    config, run = build(given | {"resume": False}, *kinds, base=stored)
+    try:
+        config, run = build(given | {"resume": False}, *kinds, base=stored)
+    except UserError as error:
+        raise UserError(f"going on from {path}: {error}") from error
     return config, run, Source(path, checkpoint), None, notes + resumed_with(run, checkpoint)
 
 
