@@ -52,7 +52,7 @@ from configurator import AnyPath, UserError, build, cli, need, parse, to_toml
 from files import write_text
 from generate import Replayed, compile_decoding, decode_step, new_state, pack, prefill, take_slot
 from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, peak_of, ratio, spread
-from model import Hydra, HydraConfig
+from model import MOST_POSITIONS, Hydra, HydraConfig
 from routing import layer_tokens, recursion_tokens
 from runs import git_hash
 from train import TrainConfig, make_optimizer, train_step
@@ -97,6 +97,9 @@ class BenchConfig:
         need(self, "json", is_file, "it is no file: name another")
         for name in ("rounds", "prompt_tokens", "new_tokens", "context"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
+        for name in ("prompt_tokens", "new_tokens", "context"):
+            remedy = f"positions beyond {MOST_POSITIONS:,} are not exact: lower it"
+            need(self, name, getattr(self, name) <= MOST_POSITIONS, remedy)
 
 
 def show(row: dict, above: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ from routing import AUX_RECURSIONS, Record, Routed, Router, is_routed, layer_tok
 # Beyond these nothing could be trained, and even to count what it costs would take too long.
 WIDEST, DEEPEST = 2**20, 2048
 MOST_IDS = 2**32
-LONGEST = 2**24  # float32, in which rotations are computed, has no odd numbers above it
+MOST_POSITIONS = 2**24  # float32, in which rotations are computed, has no odd numbers above it
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class HydraConfig:
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         need(self, "dim", self.dim <= WIDEST, f"one matrix of dim x dim is {4e-9 * self.dim**2:,.0f} GB: lower it")
         need(self, "vocab_size", self.vocab_size <= MOST_IDS, "ids have 32 bits in a token file: lower it")
-        need(self, "block_size", self.block_size <= LONGEST, f"positions beyond {LONGEST:,} are not exact: lower it")
+        remedy = f"positions beyond {MOST_POSITIONS:,} are not exact: lower it"
+        need(self, "block_size", self.block_size <= MOST_POSITIONS, remedy)
         depth = self.n_layer * self.mor_recursions
         remedy = f"{depth:,} layers in a row take a step {depth / 1e3:,.0f} s or more: at most {DEEPEST:,}, lower one"
         need(self, "n_layer mor_recursions", depth <= DEEPEST, remedy)

@@ -586,7 +586,11 @@ def test_the_gpu_script_runs_every_part_and_names_those_that_fail(tmp_path):
     (["--pears"], "did you mean peers"), (["speed", "--dim=33"], "dim=33"), (["--learning_rate=1"], "unknown key"),
     (["speed", "--only=nothing"], "no row of speed"), (["speed", "--mod_capacity=0.5"], "only table routing"),
     (["routing", "--only=compiled decode"], "no row of routing"), (["--seed=-1"], "seed=-1"), (["scaling"], "unknown"),
-    (["--json=no/such/folder/x.json"], "its folder does not exist"), (["config/tinny.toml"], "did you mean"),
+    (["--json=no/such/folder/x.json"], "its folder does not exist"), (["--json=tests"], "it is no file: name another"),
+    (["--json="], "is an empty path"), (["--json=" + "a" * 300], "File name too long"), (["--rounds=1_0"], "int"),
+    (["decode", f"--context={2**62}"], "positions beyond"), (["decode", f"--new_tokens={2**62}"], "positions beyond"),
+    (["flops", f"--n_layer={10**6}"], "1,000,000 layers in a row"), (["flops", f"--dim={10**8}"], "one matrix of dim"),
+    (["config/tinny.toml"], "did you mean"),
 ])  # fmt: skip
 def test_bad_input_is_refused(args, words, quick, monkeypatch):
     monkeypatch.setattr(bench, "Contestant", lambda *_: pytest.fail("something was measured"))

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import math
 import os
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import tiktoken
 import torch
 
 import data
-from configurator import UserError
+from configurator import UserError, build, parse
+from model import HydraConfig
+from train import TrainConfig
 
 AWKWARD = ("\ufeffdef f(x):\r\n\tif x:\n        return 'naïve 数 🐍 e\u0301'\x00\x0b\u3000\u2028<|endoftext|> 12345\r\n"
            "\n\n  \u200b_a__b \U0010ffff")
@@ -257,3 +261,17 @@ def test_limited_evaluation_is_spread_evenly_and_repeats():
     assert everything == 800
     with pytest.raises(UserError, match="too few"):
         next(data.eval_batches(tokens[:1], 2, 8))
+
+
+@pytest.mark.faults
+def test_the_commands_that_the_commands_end_with_run_as_printed(tmp_path, capsys, monkeypatch):
+    """With a path that the shell must not read."""
+    monkeypatch.chdir(Path(data.__file__).parent)
+    (tmp_path / "a.txt").write_text("some text\n" * 99)
+    out = tmp_path / "it's $HOME; a"
+    data.main(["shard", str(out), f"--data={tmp_path / 'a.txt'}", f"--cache_dir={tmp_path}", "--tokenizer=bytes"])
+    program, script, *args = shlex.split(capsys.readouterr().out.rpartition(" Train on them with: ")[2])
+    assert [program, script] == ["python", "train.py"]
+    config, run = build(parse(args, HydraConfig, TrainConfig), HydraConfig, TrainConfig)
+    corpus = data.prepare(run.data, run.tokenizer, str(tmp_path), vocab_size=config.vocab_size)
+    assert config.vocab_size == corpus.enc.n_vocab and len(corpus.train) > 500
