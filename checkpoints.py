@@ -30,6 +30,7 @@ class Progress:
     streak: int = 0  # of them in a row
     clipped: int = 0  # updates whose gradient was clipped, since the last log line
     counted: int = 0  # updates since the last log line
+    seconds: float = 0.0  # of training, as max_seconds counts them
 
     @classmethod
     def of(cls, checkpoint: dict) -> "Progress":
@@ -77,9 +78,6 @@ def resumable(out: Path, given: dict, model_config: type, train_config: type) ->
         if name != "attn_backend" and given.get(name, value) != value:
             raise UserError(f"{name}={given[name]!r}: the run in {out} has {value!r}, which --resume cannot change: "
                             "leave it out, or start another run with --out_dir=PATH")  # fmt: skip
-    steps = given.get("max_iters", trained["max_iters"])
-    if steps < checkpoint["step"]:
-        raise UserError(f"max_iters={steps}: the run in {out} is at step {checkpoint['step']}: ask for more")
     return checkpoint, notes
 
 

@@ -115,8 +115,8 @@ class RunLog:
             text += f"; sample it with: python sample.py --out_dir={out_dir} --prompt=import"
         print(text, flush=True)
 
-    def step(self, steps: int, record: dict, routing: dict[str, float]) -> None:
-        """A step of `steps` in all."""
+    def step(self, steps: float, record: dict, routing: dict[str, float]) -> None:
+        """A step of `steps` in all, which seconds make an expectation."""
         self.write(record | routing)
         text = ("step {step:5d} | {done:4.0%} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
                 "clipped {clipped:4.0%} | {ms:.0f} ms | {tokens_per_s:,.0f} tokens/s | "

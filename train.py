@@ -1,6 +1,8 @@
 """Train HYDRA on text: `python train.py [config/x.toml ...] [--key=value ...]`. No argument: the default run.
 
-- AdamW (fused), linear warmup and cosine, clipping by the global norm, gradient accumulation, bf16 autocast.
+- AdamW (fused), clipping by the global norm, gradient accumulation, bf16 autocast.
+- Steps, tokens, training FLOPs or seconds end a run; the learning rate follows how much of it is done: linear warmup,
+  then a cosine, or wsd: constant and, for the last part, linear (arXiv:2404.06395).
 - OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
 - Ctrl-C saves and leaves; --resume goes on from last.pt, bit for bit on a CPU.
 - Routed models (routing.py) train with their auxiliary losses added; `loss` in the log is the language model's alone.
@@ -37,6 +39,8 @@ from sources import split_warning
 
 SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
+STOPS = ("max_tokens", "max_flops", "max_seconds")  # what can end a run instead of max_iters
+CPU_RATE = 2e11  # FLOP/s, about: of a CPU for whose seconds a compilation has to be worth its time
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,15 @@ class TrainConfig:
     cache_dir: str = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward, over all processes
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
-    max_iters: int = 800  # steps of the run
+    max_iters: int = 800  # steps of the run; where one of the next three is set, that one ends it instead
+    max_tokens: int = 0  # tokens, rounded up to a step; 0 = not set
+    max_flops: float = 0.0  # training FLOPs, rounded up to a step; 0 = not set
+    max_seconds: float = 0.0  # seconds of training: evaluations and compilation do not count; 0 = not set
+    schedule: str = "cosine"  # behind the warmup: cosine, or wsd (constant, then linear)
+    decay_ratio: float = 0.2  # wsd: part of the run, its last, in which the rate falls
     learning_rate: float = 1.4e-3  # peak learning rate
     warmup_iters: int = 80  # steps of linear warmup
-    min_lr_ratio: float = 0.1  # the cosine ends at this part of learning_rate
+    min_lr_ratio: float = 0.1  # the schedule ends at this part of learning_rate
     weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9  # AdamW, decay of the gradient's mean
     beta2: float = 0.95  # AdamW, decay of the gradient's square
@@ -82,9 +91,13 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "final_eval_iters",
-                     "sample_tokens", "seed", "learning_rate", "profile"):  # fmt: skip
+                     "sample_tokens", "seed", "learning_rate", "profile", *STOPS):  # fmt: skip
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
-        need(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "choose a value from 0 to 1")
+        stops = [name for name in STOPS if getattr(self, name)]
+        need(self, " ".join(stops), len(stops) <= 1, "one of them can end a run: set the others to 0")
+        for name in ("min_lr_ratio", "decay_ratio"):
+            need(self, name, 0 <= getattr(self, name) <= 1, "choose a value from 0 to 1")
+        need(self, "schedule", self.schedule in ("cosine", "wsd"), "use cosine or wsd")
         for name in ("beta1", "beta2"):
             need(self, name, 0 <= getattr(self, name) < 1, "it must be at least 0 and below 1")
         remedy = "it needs its loss scaled, which is left out here: use bfloat16"
@@ -111,13 +124,19 @@ def make_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), fused=fused)
 
 
-def learning_rate_at(step: int, run: TrainConfig) -> float:
-    """Linear warmup over warmup_iters, then a cosine that reaches min_lr_ratio * learning_rate at max_iters."""
+def learning_rate_at(step: int, run: TrainConfig, steps: float) -> float:
+    """Of a run of `steps` steps in all: linear warmup over warmup_iters, then what reaches min_lr_ratio * learning_rate
+    at its end: a cosine, or (wsd) a line over the last decay_ratio of the run, behind a constant rate."""
     if step < run.warmup_iters:
         return run.learning_rate * (step + 1) / run.warmup_iters
-    done = (step - run.warmup_iters) / max(1, run.max_iters - run.warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return run.learning_rate * (run.min_lr_ratio + (1 - run.min_lr_ratio) * cosine)
+    behind = steps - run.warmup_iters  # the warmup
+    if run.schedule == "wsd":
+        decay = min(run.decay_ratio * steps, behind)
+        part = min(1.0, max(0.0, steps - step) / max(1, decay))
+    else:
+        done = (step - run.warmup_iters) / max(1, behind)
+        part = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return run.learning_rate * (run.min_lr_ratio + (1 - run.min_lr_ratio) * part)
 
 
 class Step(NamedTuple):
@@ -209,6 +228,9 @@ def configure(argv: list[str]) -> tuple[HydraConfig, TrainConfig, dict | None, l
     if not launched():
         stored["parallel"] = "auto"  # a run of several processes goes on in a single one
     config, run = build(given | {"resume": False}, *kinds, base=stored)
+    if not run.max_seconds and planned_steps(config, run) < checkpoint["step"]:
+        asked = f"{end_of(run)}={getattr(run, end_of(run))!r}"
+        raise UserError(f"{asked}: the run in {run.out_dir} is at step {checkpoint['step']}: ask for more")
     return config, run, checkpoint, notes
 
 
@@ -216,6 +238,44 @@ def step_work(config: HydraConfig, run: TrainConfig) -> tuple[int, float]:
     """Tokens and FLOPs of a step."""
     tokens = run.batch_size * run.gradient_accumulation_steps * config.block_size
     return tokens, 3 * flops_per_token(config, config.block_size) * tokens
+
+
+def planned_steps(config: HydraConfig, run: TrainConfig) -> int:
+    """Steps of a run that is not ended by seconds: the first at which it has its max_iters, tokens or FLOPs."""
+    tokens, flops = step_work(config, run)
+    if run.max_tokens:
+        return (run.max_tokens + tokens - 1) // tokens
+    if run.max_flops:
+        return math.ceil(run.max_flops / flops * (1 - 1e-12))  # a whole number of steps is no step more by rounding
+    return run.max_iters
+
+
+def expected_steps(step: int, seconds: float, max_seconds: float) -> float:
+    """Steps of a run that seconds end, if it goes on at its pace so far; `step` itself where they are over."""
+    done = min(1.0, max(1e-6, seconds / max_seconds))
+    return max(1, step) / done
+
+
+def expected_flops(config: HydraConfig, run: TrainConfig) -> float:
+    """Of the whole run; about, where seconds end it."""
+    if run.max_seconds:
+        return run.max_seconds * CPU_RATE
+    return planned_steps(config, run) * step_work(config, run)[1]
+
+
+def end_of(run: TrainConfig) -> str:
+    """The option that ends the run."""
+    return next((name for name in STOPS if getattr(run, name)), "max_iters")
+
+
+def describe_end(config: HydraConfig, run: TrainConfig) -> str:
+    """When the run ends, in words."""
+    reason = f"{end_of(run)}={getattr(run, end_of(run))!r}"
+    if run.max_seconds:
+        return reason
+    steps = planned_steps(config, run)
+    tokens, flops = step_work(config, run)
+    return f"{reason}: {steps:,} steps, {steps * tokens:,} tokens, {steps * flops:.3e} training FLOPs"
 
 
 def step_batches(tokens: np.ndarray | Tokens, config: HydraConfig, run: TrainConfig, rows: slice,
@@ -274,7 +334,7 @@ def check_work(config: HydraConfig, run: TrainConfig, machine: Machine, ranks: R
 
 
 def print_plan(config: HydraConfig, run: TrainConfig) -> int:
-    for line in plan_lines(config, run, run.max_iters * step_work(config, run)[1]):
+    for line in plan_lines(config, run, expected_flops(config, run)):
         print(line, flush=True)
     return 0
 
@@ -306,7 +366,7 @@ def main(argv: list[str]) -> int:
 
     # ---- machine
     tokens_per_step, flops_per_step = step_work(config, run)
-    total = run.max_iters * flops_per_step
+    total = expected_flops(config, run)
     machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, total), ranks)
 
     # ---- data
@@ -328,9 +388,20 @@ def main(argv: list[str]) -> int:
     backends = model.backends(machine.compiled, grad=True)
     optimizer = make_optimizer(model, run)
     progress = begin(model, optimizer, checkpoint, run, ids)
-    # at the first step of this run
-    evaluates = not checkpoint or progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
     first_step = progress.step
+    planned = planned_steps(config, run)
+    steps: list[Step] = []  # that are not read yet
+    start = 0.0  # when the first of them began
+
+    def steps_in_all() -> float:
+        """Of the run, as far as it is known."""
+        if not run.max_seconds:
+            return planned
+        unread = time.perf_counter() - start if steps else 0.0
+        return expected_steps(progress.step, ranks.first(progress.seconds + unread), run.max_seconds)
+
+    # at the first step of this run
+    evaluates = not checkpoint or first_step % run.eval_interval == 0 or first_step >= steps_in_all()
 
     def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         configs = {"model_config": asdict(config), "train_config": asdict(run)}
@@ -341,6 +412,7 @@ def main(argv: list[str]) -> int:
     log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
     facts = {"corpus": corpus.description, **ids, **machine.facts, **model_facts(config, backends)}
+    facts["ends"] = describe_end(config, run)
     notes += warnings_of(corpus, config)
     said = [to_toml(config, run), aside, *notes, *(f"{name}: {fact}" for name, fact in facts.items())]
     print("\n".join(said), flush=True)
@@ -353,15 +425,16 @@ def main(argv: list[str]) -> int:
         model.compile_training()
     signals = runs.stop_on_signals()
     began = time.perf_counter()
-    steps: list[Step] = []  # that are not read yet
     profile = runs.Profile(run.profile if ranks.rank == 0 else 0, out, machine.device)
     while True:
         step = progress.step
-        final = step >= run.max_iters
+        in_all = steps_in_all()
+        final = step >= in_all
         due = final or step % run.eval_interval == 0
         stop = ranks.any(signals)
         if steps and (due or stop):
             runs.settle(steps, run.grad_clip, progress, log)
+            progress.seconds += time.perf_counter() - start
         if final or stop or progress.streak >= runs.MAX_BAD:
             profile.finish()
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
@@ -378,7 +451,7 @@ def main(argv: list[str]) -> int:
             with machine.autocast():
                 found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.eval_iters, machine.device, ranks)
             best = found["val_loss"] < progress.best
-            log.evaluation({"step": step, **found, "best": best})
+            log.evaluation({"step": step, **found, "best": best, "seconds": progress.seconds})
             progress.best = min(progress.best, found["val_loss"])
             if best and step > 0:
                 save("best.pt")
@@ -391,26 +464,31 @@ def main(argv: list[str]) -> int:
         if not steps:
             start = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, run)
+            group["lr"] = learning_rate_at(step, run, in_all)
         steps.append(train_step(trained, optimizer, batches(step), run.grad_clip, machine.autocast(), ranks))
         progress.step += 1
+        if machine.compiled and step == first_step:
+            progress.seconds -= time.perf_counter() - start  # of compilation, which are added with this line's steps
         if step > 0 and progress.step % run.log_interval > 0:
             continue
         taken = len(steps)
         numbers, routing = runs.settle(steps, run.grad_clip, progress, log)
-        mean = (time.perf_counter() - start) / taken
+        seconds = time.perf_counter() - start
+        progress.seconds += seconds
+        mean = seconds / taken
         pace = (time.perf_counter() - began) / (progress.step - first_step)
-        log.step(run.max_iters, {
+        eta = run.max_seconds - progress.seconds if run.max_seconds else (planned - progress.step) * pace
+        log.step(steps_in_all(), {
             "step": progress.step, **numbers, "lr": group["lr"], "clipped": progress.clipped / max(1, progress.counted),
             "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean, "mfu": flops_per_step / mean / machine.peak,
             "mfu_6n": 6 * count_params(config) * tokens_per_step / mean / machine.peak,
-            "eta_s": (run.max_iters - progress.step) * pace, "skipped": progress.skipped}, routing)  # fmt: skip
+            "eta_s": max(0.0, eta), "skipped": progress.skipped}, routing)  # fmt: skip
         progress.clipped = progress.counted = 0
 
     # ---- the number to compare
     with machine.autocast():
         found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.final_eval_iters, machine.device, ranks)
-    found = {"step": progress.step, **found, "peak_memory": peak_memory(machine.device)}
+    found = {"step": progress.step, **found, "seconds": progress.seconds, "peak_memory": peak_memory(machine.device)}
     log.final(found, run.final_eval_iters, time.perf_counter() - began, run.out_dir)
     return 0
 

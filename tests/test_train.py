@@ -372,7 +372,7 @@ def test_the_machine_is_chosen_for_this_run(tmp_path, monkeypatch):
 
 def test_the_rate_of_the_schedule_is_the_rate_of_the_step(finished):
     for record in step_records(finished.out):
-        assert record["lr"] == pytest.approx(learning_rate_at(record["step"] - 1, finished.run))
+        assert record["lr"] == pytest.approx(learning_rate_at(record["step"] - 1, finished.run, 5))
     assert len({record["lr"] for record in step_records(finished.out)}) > 3
 
 
@@ -455,17 +455,129 @@ def test_blocks_are_compiled_where_that_was_chosen(tmp_path, monkeypatch):
 
 def test_the_schedule():
     run = TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=110, min_lr_ratio=0.1)
-    rates = [learning_rate_at(step, run) for step in range(111)]
+    rates = [learning_rate_at(step, run, 110) for step in range(111)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == pytest.approx(1.0) and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert learning_rate_at(500, run) == pytest.approx(0.1)
-    assert learning_rate_at(0, replace(run, warmup_iters=0)) == 1.0
-    assert learning_rate_at(35, run) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate_at(500, run, 110) == pytest.approx(0.1)
+    assert learning_rate_at(0, replace(run, warmup_iters=0), 110) == 1.0
+    assert learning_rate_at(35, run, 110) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     constant = replace(run, min_lr_ratio=1.0)
-    assert [learning_rate_at(step, constant) for step in (10, 60, 110)] == [1.0] * 3
-    short = replace(run, max_iters=5)  # ends within its warmup
-    assert learning_rate_at(4, short) == pytest.approx(0.5)
+    assert [learning_rate_at(step, constant, 110) for step in (10, 60, 110)] == [1.0] * 3
+    assert learning_rate_at(4, run, 5) == pytest.approx(0.5)  # ends within its warmup
+
+
+def test_wsd_is_constant_and_then_a_line():
+    run = TrainConfig(learning_rate=1.0, warmup_iters=10, min_lr_ratio=0.1, schedule="wsd", decay_ratio=0.25)
+    rates = [learning_rate_at(step, run, 120) for step in range(121)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:91] == [1.0] * 81  # to the joint, from which it falls evenly
+    assert [a - b for a, b in zip(rates[90:], rates[91:], strict=False)] == pytest.approx([0.9 / 30] * 30)
+    assert rates[120] == pytest.approx(0.1) and learning_rate_at(130, run, 120) == pytest.approx(0.1)
+    assert [learning_rate_at(step, replace(run, decay_ratio=0.0), 120) for step in (10, 119)] == [1.0, 1.0]
+    whole = replace(run, decay_ratio=1.0)  # a decay that would begin within the warmup begins behind it
+    assert [learning_rate_at(step, whole, 120) for step in (9, 10, 65, 120)] == pytest.approx([1, 1, 0.55, 0.1])
+
+
+# ---- what ends a run
+
+
+def test_the_step_at_which_tokens_or_flops_are_reached(tmp_path):
+    config, run = configurations(tmp_path, gradient_accumulation_steps=3, max_iters=7)
+    tokens, flops = 2 * 3 * 32, 3 * flops_per_token(config, 32) * (2 * 3 * 32)
+    assert train.planned_steps(config, run) == 7
+    for asked, steps in ((1, 1), (tokens, 1), (tokens + 1, 2), (50 * tokens - 1, 50), (50 * tokens, 50)):
+        assert train.planned_steps(config, replace(run, max_tokens=asked)) == steps
+    for n in range(1, 200):  # whatever the rounding of the product
+        assert train.planned_steps(config, replace(run, max_flops=n * flops)) == n
+    assert train.planned_steps(config, replace(run, max_flops=7.01 * flops)) == 8
+
+
+@pytest.mark.parametrize("stop", ["max_tokens", "max_flops"])
+def test_tokens_and_flops_are_steps_in_disguise(tmp_path, monkeypatch, capsys, stop):
+    """The very losses and rates of a run of so many steps, also when it was stopped: max_iters does not count."""
+    keys = dict(eval_interval=2, n_layer=1, pattern="M")
+    config, _ = configurations(tmp_path, **keys)
+    asked = {"max_tokens": 5 * 64, "max_flops": 5 * 3 * flops_per_token(config, 32) * 64}[stop]
+    train.main(options(tmp_path, "straight", max_iters=5, **keys))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert train.main(options(tmp_path, "run", max_iters=1, **keys, **{stop: asked})) == 130
+    assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume"]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert f"ends: {stop}={asked}: 5 steps, 320 tokens, " in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"{stop}=64.*: the run in .* is at step 5: ask for more"):
+        train.main([f"--out_dir={tmp_path / 'run'}", "--resume", f"--{stop}=64"])
+
+
+def fake_seconds(patch: pytest.MonkeyPatch, first: float = 1.0) -> None:
+    """A clock on which a step takes one second, the first one of a process `first`, and an evaluation a hundred."""
+    now = [1000.0]
+    seconds = iter([first] + [1.0] * 100)
+    step, evaluation = train.train_step, train.evaluate
+
+    def train_step(*args):
+        now[0] += next(seconds)
+        return step(*args)
+
+    def evaluate(*args):
+        now[0] += 100
+        return evaluation(*args)
+
+    patch.setattr(train, "train_step", train_step)
+    patch.setattr(train, "evaluate", evaluate)
+    patch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+SECONDS = {"n_layer": 1, "pattern": "M", "max_seconds": 9, "warmup_iters": 2, "eval_interval": 4, "log_interval": 3}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_seconds_of_training_end_a_run_and_the_rate_follows_them(tmp_path, monkeypatch, capsys, schedule):
+    """Evaluations do not count, and the rate is that of a run of as many steps as its pace promises; it goes on from
+    the seconds that it had when it was stopped."""
+    keys = SECONDS | {"schedule": schedule}
+    with monkeypatch.context() as patch:
+        fake_seconds(patch)
+        assert train.main(options(tmp_path, "straight", **keys)) == 0
+    with monkeypatch.context() as patch:
+        fake_seconds(patch)
+        interrupt_after(patch, 4)
+        assert train.main(options(tmp_path, "run", **keys)) == 130
+    assert checkpoint(tmp_path / "run")["seconds"] == 5
+    with monkeypatch.context() as patch:
+        fake_seconds(patch)
+        assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume"]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    _, run = configurations(tmp_path, **keys)
+    steps = step_records(tmp_path / "straight")
+    assert [r["step"] for r in steps] == [1, 3, 6, 9]
+    assert [r["lr"] for r in steps] == pytest.approx([learning_rate_at(n, run, 9) for n in (0, 2, 5, 8)])
+    assert [r["eta_s"] for r in steps] == [8, 6, 3, 0]
+    assert [r["seconds"] for r in records(tmp_path / "straight") if "val_loss" in r] == [0, 4, 8, 9, 9]
+    out = capsys.readouterr().out
+    assert "step     6 |  67% |" in out and "ends: max_seconds=9.0" in out
+
+
+def test_compilation_is_no_second_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.compile_blocks", lambda blocks, graphs: None)
+    monkeypatch.setattr("machine.choose_compile", lambda *args: (True, "a stand-in"))
+    fake_seconds(monkeypatch, first=50.0)
+    train.main(options(tmp_path, "run", **SECONDS))
+    assert step_records(tmp_path / "run")[-1]["step"] == 9 and checkpoint(tmp_path / "run")["step"] == 10
+    assert checkpoint(tmp_path / "run")["seconds"] == 9 and step_records(tmp_path / "run")[0]["ms"] == 50000
+
+
+def test_the_rate_never_rises_again_whatever_the_pace():
+    run = TrainConfig(learning_rate=1.0, warmup_iters=3, min_lr_ratio=0.0)
+    seconds, rates = 0.0, []
+    for step, taken in enumerate([1, 1, 1, 1, 9, 1, 1, 30, 1, 1, 5, 5, 5, 50]):
+        in_all = train.expected_steps(step, seconds, 100.0)
+        assert in_all > step
+        rates.append(learning_rate_at(step, run, in_all))
+        seconds += taken
+    assert rates[3] == 1.0 and rates[3:] == sorted(rates[3:], reverse=True)
+    assert train.expected_steps(14, seconds, 100.0) == 14
 
 
 def test_a_folder_of_data_may_hold_the_run(tmp_path, monkeypatch):
@@ -948,7 +1060,7 @@ def test_resume_puts_back_the_groups_whatever_they_are(tmp_path, monkeypatch):
     optimizer = three_groups(model, run)
     parameters = []
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(2, run)
+        group["lr"] = learning_rate_at(2, run, 3)
         parameters += group["params"]
     for number, p in enumerate(parameters):
         optimizer.state[p] = old["optimizer"]["state"][number]
@@ -998,7 +1110,9 @@ def test_moments_are_restored_and_options_are_not():
     (["--min_lr_ratio=1.5"], "min_lr_ratio=1.5: choose a value from 0 to 1"),
     (["--max_iters=-1"], "max_iters=-1"), (["--beta2=1"], "beta2=1.0"), (["--compile=maybe"], "compile='maybe'"),
     (["--eval_interval=0"], "eval_interval=0"), (["--out_dir="], "out_dir=''"), (["--seed=-5"], "seed=-5"),
-    ([f"--seed={2**63}"], "choose one below"),
+    ([f"--seed={2**63}"], "choose one below"), (["--max_seconds=-1"], "max_seconds=-1.0: it must not be negative"),
+    (["--max_tokens=9", "--max_flops=1e9"], "max_tokens=9, max_flops=1000000000.0: one of them can end a run"),
+    (["--schedule=linear"], "use cosine or wsd"), (["--decay_ratio=1.1"], "decay_ratio=1.1: choose a value from 0"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, changes, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")) as error:
@@ -1088,7 +1202,8 @@ def test_every_key_has_its_comment_and_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
     classes = (HydraConfig, TrainConfig, sample.SampleConfig)
     read = {cls: watch(monkeypatch, cls) for cls in classes}
-    keys = dict(pattern="AGMCL", n_layer=5, mod_capacity=0.5, mor_recursions=2, window=8, max_iters=3, warmup_iters=1)
+    keys = dict(pattern="AGMCL", n_layer=5, mod_capacity=0.5, mor_recursions=2, window=8, max_iters=3, warmup_iters=1,
+                schedule="wsd")  # fmt: skip
     train.main(options(tmp_path, "run", **keys))
     (tmp_path / "prompts.txt").write_text("ab\n")
     for prompt in ("--prompt=ab", f"--prompt_file={tmp_path / 'prompts.txt'}"):
