@@ -359,7 +359,8 @@ def curves_of(it: Entrant, outcomes: list[Outcome]) -> dict[str, list]:
     """The evaluations of a contestant's runs: where they were made, mean over the seeds, and the losses of each."""
     tokens, flops = step_work(it.config, it.run)
     sound = [outcome.curve for outcome in outcomes if outcome.loss is not None]
-    points = list(zip(*sound, strict=False))  # runs that seconds end have not equally many
+    points = [seeds for seeds in zip(*sound, strict=False)  # runs that seconds end have not equally many
+              if all(loss is not None for _, _, loss in seeds)]  # fmt: skip
     steps = [fmean(step for step, _, _ in seeds) for seeds in points]
     return {"tokens": [step * tokens for step in steps], "flops": [step * flops for step in steps],
             "seconds": [fmean(seconds for _, seconds, _ in seeds) for seeds in points],

@@ -105,8 +105,6 @@ def train_one(argv: list[str]) -> tuple[int, str]:
         return train.main(argv), ""
     except UserError as error:
         return 2, str(error)
-    finally:
-        gc.collect()  # models are in cycles with their hooks and closures
 
 
 def serve(orders: Connection, output: Path) -> None:
@@ -124,7 +122,9 @@ def serve(orders: Connection, output: Path) -> None:
         try:
             argv = orders.recv()
             began = time.perf_counter()
-            orders.send((*train_one(argv), time.perf_counter() - began))
+            answer = train_one(argv)
+            gc.collect()  # models are in cycles with their hooks and closures
+            orders.send((*answer, time.perf_counter() - began))
         except (EOFError, BrokenPipeError, KeyboardInterrupt):
             return
 
