@@ -463,13 +463,14 @@ def main(argv: list[str]) -> int:
     options, given, entrants = configure(argv)
     out = Path(given.get("out_dir", "out_compare"))
     contest = Contest(options, given, entrants, out, min(options.jobs, cores()))
+    torch.set_num_threads(1)  # as the runs have it: what this machine does best is found out by measuring
     shared = contest.shared()
     contest = contest._replace(entrants=[it._replace(run=replace(it.run, **shared)) for it in entrants])
     corpus, measure = read_corpora(contest.entrants)
     last = contest.seed_trials(contest.first, "tokens", 1.0)[0]
     validation = eval_batches(corpus.val, last.run.batch_size, last.config.block_size, last.run.final_eval_iters)
     head = describe(torch.device(shared["device"])) | shared | {
-        "threads": 1, "jobs": contest.jobs, "git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "jobs": contest.jobs, "git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": f"python compare.py {shlex.join(argv)}", "corpus": corpus.description,
         "fingerprint": corpus.fingerprint, "measure": UNITS[measure], "reference": contest.first.name,
         "validation_tokens": sum(int((y != IGNORE).sum()) for _, y in validation)}  # fmt: skip
