@@ -41,8 +41,10 @@ from trials import UNITS, Outcome, Team, Trial
 
 BASES = ("tokens", "flops", "seconds")
 REACH = 6  # rates are tried up to sqrt(2)**REACH times the file's, and down to that part of it
-POINTS = 8  # evaluations of a learning curve
-CURVE_TOKENS, SEARCH_TOKENS, FINAL_TOKENS = 2**13, 2**14, 2**16  # validation tokens: of a point, of a rate, of a seed
+POINTS = 5  # evaluations of a learning curve
+# Validation tokens of a point of a curve, of a rate that is tried, of a seed: at most so many, and at most this part of
+# the tokens of the first contestant's run, since evaluations should not cost what the training does.
+VALIDATION = {"curve": (2**13, 1 / 50), "rate": (2**14, 1 / 8), "seed": (2**16, 1 / 2)}
 FEW = 5  # tokens a parameter, below which a run rewards what learns fastest at first
 SAME_TEXT = ("data", "val_data", "val_fraction", "text_field")
 SAME_BATCHES = ("batch_size", "gradient_accumulation_steps", "sampling", "tokenizer")
@@ -249,8 +251,11 @@ class Contest(NamedTuple):
         return {"device": str(device), "dtype": str(dtype).removeprefix("torch."),
                 "compile": "on" if compiled else "off"}  # fmt: skip
 
-    def batches(self, it: Entrant, tokens: int) -> int:
-        return max(1, tokens // (it.run.batch_size * it.config.block_size))
+    def batches(self, it: Entrant, purpose: str) -> int:
+        """Of an evaluation."""
+        most, part = VALIDATION[purpose]
+        tokens = self.steps(self.first, "tokens") * step_work(self.first.config, self.first.run)[0]
+        return max(1, round(min(most, part * tokens) / (it.run.batch_size * it.config.block_size)))
 
     def run_of(self, it: Entrant, steps: int, rate: float, where: str, changes: dict) -> TrainConfig:
         warmup = it.run.warmup_iters if it.warmup is None else round(it.warmup * steps)
@@ -261,7 +266,7 @@ class Contest(NamedTuple):
     def rate_trial(self, it: Entrant, power: int) -> Trial:
         """A run at the rate of this power of sqrt(2), evaluated at its end alone."""
         steps, rate = self.steps(it, "tokens"), rate_of(it, power)
-        batches = self.batches(it, SEARCH_TOKENS)
+        batches = self.batches(it, "rate")
         if self.given.get("final_eval_iters"):
             batches = min(batches, it.run.final_eval_iters)
         evaluations = {"eval_interval": steps, "eval_iters": 1, "final_eval_iters": batches}
@@ -271,8 +276,8 @@ class Contest(NamedTuple):
     def seed_trials(self, it: Entrant, basis: str, rate: float, seconds: float = 0.0) -> list[Trial]:
         """A run for each seed; at equal seconds it ends after so many."""
         steps = self.steps(it, basis)
-        evaluations = {"eval_interval": math.ceil(steps / POINTS), "eval_iters": self.batches(it, CURVE_TOKENS),
-                       "final_eval_iters": self.batches(it, FINAL_TOKENS)}  # fmt: skip
+        evaluations = {"eval_interval": math.ceil(steps / POINTS), "eval_iters": self.batches(it, "curve"),
+                       "final_eval_iters": self.batches(it, "seed")}  # fmt: skip
         evaluations |= {name: self.given[name] for name in evaluations.keys() & self.given.keys()}
         found = []
         for seed in range(it.run.seed, it.run.seed + self.options.seeds):
