@@ -20,15 +20,17 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, key_types, typed
+from accounting import skeleton
+from configurator import UserError, build, key_types, typed
 from files import Damaged, saved_file
+from model import HydraConfig
 from parallel import (
     ALONE,
     Ranks,
@@ -44,6 +46,10 @@ from parallel import (
 )
 
 PARTS = {"model_config": dict, "train_config": dict, "fingerprint": str, "tokenizer": str, "step": int, "best": float}
+# what --init_from may change: the weights are for every value of it
+FREE = ("block_size", "window", "rope_theta", "rope_fraction", "norm_eps", "qk_gain", "ccqa_norm", "value_shift",
+        "doc_mask", "attn_backend")  # fmt: skip
+YOUNGER = ("running", "seconds")  # counters that older checkpoints lack
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter
 CHUNK = 1 << 22  # bytes that are read at once
 FOLDER = 0x10  # the attribute of an archive's entry for which torch's reader gives memory that nothing was read into
@@ -63,6 +69,7 @@ class Progress:
     clipped: int = 0  # updates whose gradient was clipped, since the last log line
     counted: int = 0  # updates since the last log line
     running: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # losses: how many, mean, variance
+    seconds: float = 0.0  # of training, as max_seconds counts them
 
     @classmethod
     def of(cls, checkpoint: dict) -> "Progress":
@@ -72,6 +79,8 @@ class Progress:
             value = getattr(progress, name)
             if type(value) is not int or value < 0:
                 raise UserError(f"{name} is no count of steps")
+        if type(progress.seconds) is not float or not 0 <= progress.seconds < math.inf:
+            raise UserError("seconds is no time")
         if type(progress.best) is not float or not progress.best >= 0:
             raise UserError("best is no loss")
         if progress.streak > progress.skipped or progress.clipped > progress.counted:
@@ -200,9 +209,8 @@ def check_shards(path: Path, checkpoint: dict) -> list[str]:
 def load_run(path: Path, kinds: dict[str, type]) -> tuple[dict, list[str]]:
     """`load_checkpoint` of one that a run can go on from: with counters and, but for a best.pt, moments."""
     checkpoint, notes = load_checkpoint(path, kinds)
-    for counter in fields(Progress):
-        if counter.default_factory is not MISSING:  # younger than the others
-            checkpoint.setdefault(counter.name, counter.default_factory())
+    for name in YOUNGER:
+        checkpoint.setdefault(name, getattr(Progress(), name))
     missing = {counter.name for counter in fields(Progress)} - checkpoint.keys()
     moments = "shards" if "shards" in checkpoint else "optimizer"
     if path.name == "best.pt" and moments not in checkpoint:
@@ -268,9 +276,6 @@ def resumable(path: Path, given: dict, model_config: type, train_config: type) -
         if name != "attn_backend" and given.get(name, value) != value:
             raise UserError(f"{name}={given[name]!r}: the run in {path.parent} has {value!r}, which --resume cannot "
                             "change: leave it out, or start another run with --out_dir=PATH")  # fmt: skip
-    steps = given.get("max_iters", trained["max_iters"])
-    if steps < checkpoint["step"]:
-        raise UserError(f"max_iters={steps}: the run in {path.parent} is at step {checkpoint['step']}: ask for more")
     return checkpoint, notes
 
 
@@ -299,6 +304,22 @@ def best_loss(folder: Path) -> float:
         return load_checkpoint(folder / "best.pt", {})[0]["best"]
     except UserError:
         return math.inf
+
+
+def check_source(config: HydraConfig, source: dict, run, tokenizer: str) -> None:
+    """UserError where the weights of the run `source` are for another tokenizer or another model."""
+    if source["tokenizer"] != tokenizer:
+        raise UserError(f"init_from={run.init_from!r}: it was trained on the tokens of another tokenizer: use its own, "
+                        f"--tokenizer={source['train_config']['tokenizer']}")  # fmt: skip
+    (other,) = build(source["model_config"], HydraConfig)
+    changed = [name for name in asdict(config) if getattr(config, name) != getattr(other, name) and name not in FREE]
+    one, two = ({name: p.shape for name, p in skeleton(c).named_parameters()} for c in (config, other))
+    if one == two:  # the routers are there already
+        changed = [name for name in changed if name not in ("mod_capacity", "mor_recursions")]
+    if changed:
+        values = ", ".join(f"{name}={getattr(config, name)!r} (not {getattr(other, name)!r})" for name in changed)
+        raise UserError(f"{values}: --init_from takes the shape of the run in {run.init_from}: leave out "
+                        f"{', '.join('--' + name for name in changed)}")  # fmt: skip
 
 
 # ---- into a model and its optimiser

@@ -2,6 +2,7 @@
 
 - Runs, any number: folders with a log.jsonl, or the log files: training loss and validation bits per byte.
 - A JSON of bench.py or scaling.py: a chart for every table, in PATH_table.png where there are several.
+- compare.py's JSON, or its folder: validation over tokens, FLOPs and seconds, a band from the best to the worst seed.
 It reads files and nothing else. matplotlib is not in requirements.txt: pip install matplotlib.
 """
 
@@ -11,6 +12,7 @@ import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 
 from configurator import AnyPath, UserError, build, cli, need, parse, usable_path
 
@@ -123,12 +125,28 @@ def draw_bars(rows: list[dict], _: str, figure) -> None:
     axes.set(xlabel=key, ylim=(len(rows) - 0.5, -0.5))
 
 
+def draw_compare(found: dict, _: str, figure) -> None:
+    """A row of axes for each thing that is equal, a line for each contestant: the seeds' mean."""
+    rows = figure.subplots(len(found["bases"]), 3, squeeze=False, sharey="row")
+    for row, (basis, result) in zip(rows, found["bases"].items(), strict=True):
+        row[0].set(ylabel=f"{found['measure']}, equal {basis}")
+        for axes, x in zip(row, AXES[1:], strict=True):
+            axes.set(xlabel=x)
+            for i, (name, curve) in enumerate(result["curves"].items()):
+                axes.plot(curve[x], list(map(fmean, curve["losses"])), color=f"C{i}", marker=".", label=name)
+                axes.fill_between(curve[x], list(map(min, curve["losses"])), list(map(max, curve["losses"])),
+                                  color=f"C{i}", alpha=0.2)  # fmt: skip
+
+
 def charts_of(path: Path) -> dict[str, tuple]:
-    """The charts of a JSON's tables, (function, what to draw, inches of height) by table."""
+    """The charts of a JSON, (function, what to draw, inches of height) by table."""
     try:
-        tables = json.loads(read(path))["tables"]
+        found = json.loads(read(path))
+        if "bases" in found:
+            return {"": (draw_compare, found, 1 + 3 * len(found["bases"]))}
+        tables = found["tables"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{str(path)!r} is no JSON of bench.py or scaling.py: give one, or runs") from None
+        raise UserError(f"{str(path)!r} is no JSON of bench.py, scaling.py or compare.py: give one, or runs") from None
     charts = {}
     for table, rows in tables.items():
         rows = [row for row in rows if {*BARS, "ms_per_token", "curve"} & row.keys()]
@@ -147,7 +165,8 @@ def main(argv: list[str]) -> int:
     paths = [Path(usable_path(word, "")) for word in argv if word not in words]
     (options,) = build(parse(words, PlotConfig, doc=__doc__), PlotConfig)
     if not paths:
-        raise UserError("nothing to draw: name runs, or a JSON of bench.py or scaling.py")
+        raise UserError("nothing to draw: name runs, or a JSON of bench.py, scaling.py or compare.py")
+    paths = [path / "compare.json" if (path / "compare.json").exists() else path for path in paths]
     paths = [path / "log.jsonl" if path.is_dir() else path for path in paths]
     for path in paths:
         if not os.path.isfile(path):

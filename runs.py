@@ -25,12 +25,15 @@ import torch
 from torch.autograd import DeviceType
 
 from checkpoints import Progress
-from configurator import UserError, say
+from configurator import UserError, command, say
 from files import RUN_FILES, Lock, complete_file, reason, remove_leftovers, saved_file, write_text
+from generate import longest_text
 from machine import compiling, sync
+from model import Hydra
 from parallel import Ranks, is_first, launched
 
 WARM_UP = 3  # steps before a profile begins
+LONGEST_SAMPLE = 200  # tokens, of the command that a run ends with
 MAX_BAD = 10  # steps in a row without a finite loss and gradient, after which a run ends
 LONGEST = 1 << 20  # bytes of a log's line
 NUMBERS = ("loss", "val_loss", "val_bpb", "lr")  # of records, or null
@@ -228,6 +231,34 @@ def check_resumable(out: Path) -> None:
                             f"with it by --resume --out_dir={shlex.quote(str(folder))}")  # fmt: skip
 
 
+# ---- the next command
+
+def resume_command(run, ranks: Ranks) -> str:
+    """How the run goes on from its last.pt; or that it cannot."""
+    if not Path(run.out_dir, "last.pt").exists():
+        return "begin it again"
+    if ranks.size > 1:
+        return f"go on with the same torchrun line and --resume {shlex.quote(f'--out_dir={run.out_dir}')}"
+    return f"go on with: {command('train.py', '--resume', out_dir=run.out_dir)}"
+
+
+def sample_command(model: Hydra, enc, out_dir: str) -> str:
+    """What samples the run's best checkpoint, or its last one; empty where there is none, or no text of its ids, or
+    where its block has no room for a token behind a prompt."""
+    saved = [name for name in ("best", "last") if Path(out_dir, f"{name}.pt").exists()]
+    if not saved or not enc:
+        return ""
+    given: dict[str, int | str] = {"out_dir": out_dir}
+    if saved[0] != "best":
+        given["checkpoint"] = saved[0]
+    room = longest_text(model)
+    for prompt in ("import", ""):  # an empty one is an end of text
+        free = room - max(1, len(enc.encode_ordinary(prompt)))
+        if free > 0:
+            return command("sample.py", **given, prompt=prompt, max_new_tokens=min(LONGEST_SAMPLE, free))
+    return ""
+
+
 # ---- the log
 
 def log_lines(path: Path) -> Iterator[bytes]:
@@ -344,8 +375,8 @@ class RunLog:
             text += f"; sample it with: {sampling}"
         self.say(text)
 
-    def step(self, steps: int, record: dict, routing: dict[str, float]) -> None:
-        """A step of `steps` in all."""
+    def step(self, steps: float, record: dict, routing: dict[str, float]) -> None:
+        """A step of `steps` in all, which seconds make an expectation."""
         self.write(record | routing)
         text = ("step {step:5d} | {done:4.0%} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
                 "clipped {clipped:4.0%} | {ms:.0f} ms | {tokens_per_s:,.0f} tokens/s | "

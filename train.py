@@ -1,6 +1,8 @@
 """Train HYDRA on text: `python train.py [config/x.toml ...] [--key=value ...]`. No argument: the default run.
 
-- AdamW (fused), linear warmup and cosine, clipping by the global norm, gradient accumulation, bf16 autocast.
+- AdamW (fused), clipping by the global norm, gradient accumulation, bf16 autocast.
+- Steps, tokens, training FLOPs or seconds end a run; the learning rate follows how much of it is done: linear warmup,
+  then a cosine, or wsd: constant and, for the last part, linear (arXiv:2404.06395).
 - OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
 - Ctrl-C, SIGTERM, SIGHUP and a reader that goes away save and leave, SIGUSR1 saves and goes on; --resume goes on from
   last.pt, bit for bit on a CPU, --resume=PATH from another checkpoint.
@@ -13,10 +15,9 @@ Left out: float16 and its loss scaling, other optimisers.
 
 import math
 import os
-import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,23 +28,14 @@ from torch import Tensor, nn
 
 import checkpoints
 import runs
-from accounting import (
-    count_params,
-    flops_per_token,
-    least_memory,
-    memory_plan,
-    pair_flops_per_token,
-    plan_lines,
-    skeleton,
-)
+from accounting import count_params, plan_lines
 from attention import KINDS, letters_help
 from checkpoints import Kept, Progress, Source
-from configurator import AnyPath, UserError, build, cli, command, need, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, need, parse, to_toml
 from data import (
     Batch,
     Corpus,
     Tokens,
-    as_tokens,
     epoch_batch,
     eval_batches,
     get_batch,
@@ -51,35 +43,30 @@ from data import (
     short_shards,
     token_bytes,
     tokenizer_hash,
-    too_short,
 )
 from files import remove_leftovers
-from generate import continue_text, longest_text
+from generate import continue_text
 from layers import IGNORE
-from machine import (
-    DTYPES,
-    Machine,
-    Prefetch,
-    attention_peak,
-    choose_device,
-    choose_machine,
-    peak_memory,
-    total_memory,
-)
+from limits import check_evaluation, check_sizes, check_work
+from machine import DTYPES, Prefetch, choose_device, choose_machine, peak_memory
 from model import Hydra, HydraConfig
 from parallel import ALONE, Ranks, accumulates, distribute, ends_together, join, launched, local, pooled, restarted
+from schedule import (
+    STOPS,
+    describe_end,
+    end_of,
+    eval_windows,
+    expected_flops,
+    learning_rate_at,
+    planned_steps,
+    resumed_with,
+    step_work,
+    steps_of,
+)
 from sources import split_warning
 
-CALL = 1e-4  # seconds that a layer's forward takes at least, however small it is; a backward takes two of them
-COUNTABLE = 2**56  # bytes, of a plan: torch counts with 64 bits, and working memory comes on top
-SILENT = 3  # minutes that a step or an evaluation may take at the peak; really it is several times that
-# what --init_from may change: the weights are for every value of it
-FREE = ("block_size", "window", "rope_theta", "rope_fraction", "norm_eps", "qk_gain", "ccqa_norm", "value_shift",
-        "doc_mask", "attn_backend")  # fmt: skip
 WATCHED = 20  # losses that there must be to tell a spike from them
 MEMORY = 0.02  # weight of the newest loss in their running mean and variance, once they are 50
-LONGEST_SAMPLE = 200  # tokens, of the command that a run ends with
-UNSAID = ("out_dir", "resume", "parallel", "plan", "profile")  # options that change nothing of what a run computes
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
 
@@ -99,10 +86,15 @@ class TrainConfig:
     cache_dir: AnyPath = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward, over all processes
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
-    max_iters: int = 800  # steps of the run
+    max_iters: int = 800  # steps of the run; where one of the next three is set, that one ends it instead
+    max_tokens: int = 0  # tokens, rounded up to a step; 0 = not set
+    max_flops: float = 0.0  # training FLOPs, rounded up to a step; 0 = not set
+    max_seconds: float = 0.0  # seconds of training: evaluations and compilation do not count; 0 = not set
+    schedule: str = "cosine"  # behind the warmup: cosine, or wsd (constant, then linear)
+    decay_ratio: float = 0.2  # wsd: part of the run, its last, in which the rate falls
     learning_rate: float = 1.4e-3  # peak learning rate
     warmup_iters: int = 80  # steps of linear warmup
-    min_lr_ratio: float = 0.1  # the cosine ends at this part of learning_rate
+    min_lr_ratio: float = 0.1  # the schedule ends at this part of learning_rate
     weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9  # AdamW, decay of the gradient's mean
     beta2: float = 0.95  # AdamW, decay of the gradient's square
@@ -129,9 +121,13 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "keep_last"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "final_eval_iters",
-                     "sample_tokens", "seed", "learning_rate", "profile", "spike", "keep_every"):  # fmt: skip
+                     "sample_tokens", "seed", "learning_rate", "profile", "spike", "keep_every", *STOPS):  # fmt: skip
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
-        need(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "choose a value from 0 to 1")
+        stops = [name for name in STOPS if getattr(self, name)]
+        need(self, " ".join(stops), len(stops) <= 1, "one of them can end a run: set the others to 0")
+        for name in ("min_lr_ratio", "decay_ratio"):
+            need(self, name, 0 <= getattr(self, name) <= 1, "choose a value from 0 to 1")
+        need(self, "schedule", self.schedule in ("cosine", "wsd"), "use cosine or wsd")
         for name in ("beta1", "beta2"):
             need(self, name, 0 <= getattr(self, name) < 1, "it must be at least 0 and below 1")
         remedy = "it needs its loss scaled, which is left out here: use bfloat16"
@@ -159,15 +155,6 @@ def make_optimizer(model: nn.Module, run: TrainConfig) -> torch.optim.Optimizer:
     groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
     fused = decayed[0].device.type != "mps"  # whose kernel does not look at found_inf, see train_step
     return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), fused=fused)
-
-
-def learning_rate_at(step: int, run: TrainConfig) -> float:
-    """Linear warmup over warmup_iters, then a cosine that reaches min_lr_ratio * learning_rate at max_iters."""
-    if step < run.warmup_iters:
-        return run.learning_rate * (step + 1) / run.warmup_iters
-    done = (step - run.warmup_iters) / max(1, run.max_iters - run.warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return run.learning_rate * (run.min_lr_ratio + (1 - run.min_lr_ratio) * cosine)
 
 
 class Step(NamedTuple):
@@ -268,60 +255,6 @@ def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], autocast: torch.autocas
     return not ranks.any(not sound)
 
 
-def eval_windows(run: TrainConfig, checkpoint: dict | None) -> int:
-    """Windows of an evaluation, 0 = all: as many as the run began with, so that `best` compares equals."""
-    if checkpoint is None:
-        return run.batch_size * run.eval_iters
-    began = checkpoint["train_config"]
-    if run.eval_iters != began["eval_iters"]:
-        raise UserError(f"eval_iters={run.eval_iters}: the run in {run.out_dir} evaluates with {began['eval_iters']}, "
-                        "which --resume cannot change: leave it out, or change --final_eval_iters")  # fmt: skip
-    return checkpoint.get("eval_windows", began["batch_size"] * began["eval_iters"])
-
-
-def resumed_with(run: TrainConfig, checkpoint: dict) -> list[str]:
-    """In one line, what a run does differently from its checkpoint on; nothing where it goes on as it was."""
-    began, step, windows = checkpoint["train_config"], checkpoint["step"], eval_windows(run, checkpoint)
-    changed = [name for name, value in began.items() if name not in UNSAID and getattr(run, name) != value]
-    if not changed:
-        return []
-    text = ", ".join(f"{name}={getattr(run, name)!r} (before: {began[name]!r})" for name in changed)
-    schedule = ("learning_rate", "warmup_iters", "max_iters", "min_lr_ratio")
-    before = learning_rate_at(max(0, step - 1), replace(run, **{name: began[name] for name in schedule}))
-    text += f"; the learning rate was {before:.2e} at step {step}, and is {learning_rate_at(step, run):.2e} at the next"
-    if {"batch_size", "gradient_accumulation_steps"} & set(changed) and run.sampling == "epochs":
-        text += "; the epoch goes on at another place: it may leave windows out or take them again"
-    if windows and "batch_size" in changed:
-        text += f"; evaluations stay on the {windows} windows that the run began with"
-    return [f"resumed at step {step} with {text}"]
-
-
-def resume_command(run: TrainConfig, ranks: Ranks) -> str:
-    """How the run goes on from its last.pt; or that it cannot."""
-    if not Path(run.out_dir, "last.pt").exists():
-        return "begin it again"
-    if ranks.size > 1:
-        return f"go on with the same torchrun line and --resume {shlex.quote(f'--out_dir={run.out_dir}')}"
-    return f"go on with: {command('train.py', '--resume', out_dir=run.out_dir)}"
-
-
-def sample_command(model: Hydra, enc, out_dir: str) -> str:
-    """What samples the run's best checkpoint, or its last one; empty where there is none, or no text of its ids, or
-    where its block has no room for a token behind a prompt."""
-    saved = [name for name in ("best", "last") if Path(out_dir, f"{name}.pt").exists()]
-    if not saved or not enc:
-        return ""
-    given: dict[str, int | str] = {"out_dir": out_dir}
-    if saved[0] != "best":
-        given["checkpoint"] = saved[0]
-    room = longest_text(model)
-    for prompt in ("import", ""):  # an empty one is an end of text
-        free = room - max(1, len(enc.encode_ordinary(prompt)))
-        if free > 0:
-            return command("sample.py", **given, prompt=prompt, max_new_tokens=min(LONGEST_SAMPLE, free))
-    return ""
-
-
 def unsound(model: Hydra, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], autocast: torch.autocast,
             ranks: Ranks) -> str:  # fmt: skip
     """What of a run is not finite, so that it must not be saved: a weight, a moment or the loss; empty where all is."""
@@ -366,13 +299,10 @@ def configure(argv: list[str], session: runs.Session,
         config, run = build(given | {"resume": False}, *kinds, base=stored)
     except UserError as error:
         raise UserError(f"going on from {path}: {error}") from error
-    return config, run, Source(path, checkpoint), None, notes + resumed_with(run, checkpoint)
-
-
-def step_work(config: HydraConfig, run: TrainConfig) -> tuple[int, float]:
-    """Tokens and FLOPs of a step."""
-    tokens = run.batch_size * run.gradient_accumulation_steps * config.block_size
-    return tokens, 3 * flops_per_token(config, config.block_size) * tokens
+    if not run.max_seconds and planned_steps(config, run) < checkpoint["step"]:
+        asked = f"{end_of(run)}={getattr(run, end_of(run))!r}"
+        raise UserError(f"{asked}: the run in {run.out_dir} is at step {checkpoint['step']}: ask for more")
+    return config, run, Source(path, checkpoint), None, notes + resumed_with(config, run, checkpoint)
 
 
 def step_batches(tokens: np.ndarray | Tokens, config: HydraConfig, run: TrainConfig, rows: slice,
@@ -401,22 +331,6 @@ def warnings_of(corpus: Corpus, config: HydraConfig) -> list[str]:
     return [f"WARNING: {text}" for text in texts if text]
 
 
-def check_source(config: HydraConfig, source: dict, run: TrainConfig, tokenizer: str) -> None:
-    """UserError where the weights of the run `source` are for another tokenizer or another model."""
-    if source["tokenizer"] != tokenizer:
-        raise UserError(f"init_from={run.init_from!r}: it was trained on the tokens of another tokenizer: use its own, "
-                        f"--tokenizer={source['train_config']['tokenizer']}")  # fmt: skip
-    (other,) = build(source["model_config"], HydraConfig)
-    changed = [name for name in asdict(config) if getattr(config, name) != getattr(other, name) and name not in FREE]
-    one, two = ({name: p.shape for name, p in skeleton(c).named_parameters()} for c in (config, other))
-    if one == two:  # the routers are there already
-        changed = [name for name in changed if name not in ("mod_capacity", "mor_recursions")]
-    if changed:
-        values = ", ".join(f"{name}={getattr(config, name)!r} (not {getattr(other, name)!r})" for name in changed)
-        raise UserError(f"{values}: --init_from takes the shape of the run in {run.init_from}: leave out "
-                        f"{', '.join('--' + name for name in changed)}")  # fmt: skip
-
-
 def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Source | None, initial: Source | None,
           run: TrainConfig, ids: dict[str, str], ranks: Ranks) -> Progress:  # fmt: skip
     """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
@@ -428,75 +342,13 @@ def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Source | None,
             progress.best = min(progress.best, checkpoints.best_loss(Path(run.out_dir)))  # may be of a later step
         return progress
     if initial:
-        check_source(model.config, initial.parts, run, ids["tokenizer"])
+        checkpoints.check_source(model.config, initial.parts, run, ids["tokenizer"])
         checkpoints.load_weights(model, initial.parts, initial.path, ranks)
     return Progress()
 
 
-def check_sizes(config: HydraConfig, run: TrainConfig, ranks: Ranks, device: torch.device | None) -> None:
-    """UserError for what the device could not hold, or would be at for hours: before anything is made. Without a device
-    for what cannot even be counted."""
-    accumulated = run.gradient_accumulation_steps
-    room = total_memory(device) if device else COUNTABLE
-    masked = device is not None and device.type != "cuda"
-    needed = least_memory(config, run.batch_size, accumulated, masked, ranks.size, ranks.mode)
-    names = ["vocab_size", "dim", "n_layer", "mlp_ratio", "block_size"]
-    sizes = [f"{name}={getattr(config, name)}" for name in names]
-    sizes += [f"batch_size={run.batch_size}", f"gradient_accumulation_steps={accumulated}"]
-    if needed > room:
-        raise UserError(f"{', '.join(sizes)}: a step needs {needed / 1e9:,.1f} GB or more, of which "
-                        f"{device or 'a plan'} has {room / 1e9:,.1f}: lower the largest of them")  # fmt: skip
-    check_calls(config, 3 * accumulated, f"gradient_accumulation_steps={accumulated}: a step", "lower it, or n_layer")
-
-
-def check_calls(config: HydraConfig, forwards: int, what: str, remedy: str) -> None:
-    """UserError where even so many forwards of nothing would be silent for too long."""
-    minutes = forwards * config.n_layer * config.mor_recursions * CALL / 60
-    if minutes > SILENT:
-        raise UserError(f"{what} has {forwards:,} forwards, which take {minutes:,.0f} minutes or more: {remedy}")
-
-
-def check_evaluation(config: HydraConfig, run: TrainConfig, val_tokens: int) -> None:
-    """UserError where one would be silent for too long by the number of its batches alone."""
-    batches = math.ceil(math.ceil(val_tokens / config.block_size) / run.batch_size)
-    batches = min(batches, run.eval_iters or batches)
-    check_calls(config, batches, f"eval_iters={run.eval_iters}: an evaluation", "lower it, or raise --batch_size")
-
-
-def minutes_of(flops: float, pairs: float, peak: float, attention: float) -> float:
-    """Of so many FLOPs, of which `pairs` are attention's, at these rates."""
-    return ((flops - pairs) / peak + pairs / attention) / 60
-
-
-def check_work(config: HydraConfig, run: TrainConfig, machine: Machine, ranks: Ranks, corpus: Corpus) -> None:
-    """UserError where a step cannot fit into the device, or where step or evaluation would be silent for too long."""
-    B, T = run.batch_size, config.block_size
-    room = total_memory(machine.device)
-    needed = 32 * (B // ranks.size) * T * config.dim * config.n_layer  # about what the blocks keep
-    if room / 8 < needed < 8 * room:  # else the count is not worth its seconds
-        plan = memory_plan(config, B, T, machine.dtype, "", run.recompute == "block", ranks.size, ranks.mode)
-        needed = sum(plan.values())
-    step_tokens, flops = step_work(config, run)
-    windows = math.ceil(len(corpus.val) / T)
-    batches = min(run.eval_iters or windows, math.ceil(windows / B))
-    tokens = batches * B * T
-    work = flops / step_tokens / 3, pair_flops_per_token(config, T)  # of a token's forward
-    attention = machine.peak
-    if max(3 * step_tokens, tokens) * sum(work) > SILENT * 60 * machine.peak / 100:  # else it need not be measured
-        attention = ranks.size * ranks.first(attention_peak(machine.device, machine.dtype))
-    step, evaluation = (n * minutes_of(*work, machine.peak, attention) for n in (3 * step_tokens, tokens))
-    if needed <= room and max(step, evaluation) <= SILENT:
-        return
-    train_tokens = as_tokens(corpus.train)
-    short = f"{too_short(train_tokens, T)}; " if train_tokens.lengths.max() <= T else ""
-    raise UserError(f"{short}batch_size={B} and block_size={T}: a step needs about {needed / 1e9:.1f} of the "
-                    f"{room / 1e9:.1f} GB of {machine.device} and takes {step:.1f} minutes or more, an evaluation of "
-                    f"{tokens:,} tokens {evaluation:.1f}: lower one of them, or --eval_iters; --recompute=block needs "
-                    "less memory, see --plan")  # fmt: skip
-
-
 def print_plan(config: HydraConfig, run: TrainConfig) -> int:
-    for line in plan_lines(config, run, run.max_iters * step_work(config, run)[1]):
+    for line in plan_lines(config, run, expected_flops(config, run)):
         print(line, flush=True)
     return 0
 
@@ -534,7 +386,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
 
     # ---- machine
     tokens_per_step, flops_per_step = step_work(config, run)
-    total = run.max_iters * flops_per_step
+    total = expected_flops(config, run)
     machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, total), ranks)
 
     # ---- data
@@ -560,12 +412,20 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     progress = begin(model, optimizer, source, initial, run, ids, ranks)
     del initial  # as large as the model
     running = torch.tensor(progress.running, device=machine.device)  # losses, for --spike
-    # at the first step of this run
-    evaluates = not source or progress.step % run.eval_interval == 0 or progress.step >= run.max_iters
-    first_step = progress.step
-    begins = first_step if source and source.is_in(run.out_dir) else None
+    begins = progress.step if source and source.is_in(run.out_dir) else None
     replaced = begins if source and source.path.name == "last.pt" else None  # the step of OUT_DIR's last.pt
     kept_ones = Kept(run.keep_every, run.keep_last)
+    first_step = progress.step
+    steps: list[Step] = []  # that are not read yet
+    start = 0.0  # when the first of them began
+
+    def steps_in_all() -> float:
+        unread = time.perf_counter() - start if steps else 0.0
+        seconds = ranks.first(progress.seconds + unread) if run.max_seconds else 0.0
+        return steps_of(config, run, progress.step, seconds)
+
+    # at the first step of this run
+    evaluates = not source or first_step % run.eval_interval == 0 or first_step >= steps_in_all()
 
     def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         progress.running = running.tolist()
@@ -578,6 +438,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks, session)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
     facts = {"corpus": corpus.description, **ids, **machine.facts, **model_facts(config, backends)}
+    facts["ends"] = describe_end(config, run)
     notes += warnings_of(corpus, config)
     said = [to_toml(config, run), aside, *notes, *(f"{name}: {fact}" for name, fact in facts.items())]
     session.say("\n".join(said))
@@ -589,18 +450,19 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     if machine.compiled:
         model.compile_training()
     began = time.perf_counter()
-    steps: list[Step] = []  # that are not read yet
     numbers = {"loss": 0.0}  # of the latest one that was read
     lost = ""  # what is not finite
     profile = runs.Profile(run.profile if ranks.rank == 0 else 0, out, machine.device, session.say)
     while True:
         step = progress.step
-        final = step >= run.max_iters
+        in_all = steps_in_all()
+        final = step >= in_all
         due = final or step % run.eval_interval == 0
         stop, asked = ranks.total([len(session.stop), len(session.save)])  # asked: to save
         saves = due or stop or asked or kept_ones.stays(step)
         if steps and saves:
             numbers, _ = runs.settle(steps, run.grad_clip, progress, log)
+            progress.seconds += time.perf_counter() - start
         if final or stop or progress.streak >= runs.MAX_BAD:
             profile.finish()
         kept = f"the checkpoint in {out} is kept" if (out / "last.pt").exists() else "no checkpoint was written yet"
@@ -617,7 +479,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
                 kept = f"saved in {out}"
             if asked:
                 session.say(f"step {step:5d} | {kept}")
-        session.farewell = f"stopped at step {step}, {kept}: {resume_command(run, ranks)}"
+        session.farewell = f"stopped at step {step}, {kept}: {runs.resume_command(run, ranks)}"
         if stop:
             raise runs.Stopped
         if due:
@@ -625,7 +487,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
                 found = evaluate(model, corpus.val, bytes_V, run.batch_size, windows, machine.device, ranks,
                                  session.stop)  # fmt: skip
             best = not lost and found["val_loss"] < progress.best
-            log.evaluation({"step": step, **found, "best": best})
+            log.evaluation({"step": step, **found, "best": best, "seconds": progress.seconds})
             if best:
                 progress.best = found["val_loss"]
             if best and step > 0:
@@ -640,34 +502,39 @@ def run_training(argv: list[str], session: runs.Session) -> int:
         if not steps:
             start = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, run)
+            group["lr"] = learning_rate_at(step, run, in_all)
         steps.append(train_step(trained, optimizer, batches(step), run.grad_clip, machine.autocast(), ranks, run.spike,
                                 running))  # fmt: skip
         progress.step += 1
+        if machine.compiled and step == first_step:
+            progress.seconds -= time.perf_counter() - start  # of compilation, which are added with this line's steps
         if step > 0 and progress.step % run.log_interval > 0:
             continue
         taken = len(steps)
         numbers, routing = runs.settle(steps, run.grad_clip, progress, log)
-        mean = (time.perf_counter() - start) / taken
+        seconds = time.perf_counter() - start
+        progress.seconds += seconds
+        mean = seconds / taken
         pace = (time.perf_counter() - began) / (progress.step - first_step)
         mfu: list[float | None] = [flops_per_step / mean / machine.peak,
                                    6 * count_params(config) * tokens_per_step / mean / machine.peak]  # fmt: skip
         if mfu[0] > 1:  # what was measured is no peak, such as that of emulated bf16
             mfu = [None, None]
-        log.step(run.max_iters, {
+        eta = run.max_seconds - progress.seconds if run.max_seconds else (in_all - progress.step) * pace
+        log.step(steps_in_all(), {
             "step": progress.step, **numbers, "lr": group["lr"], "clipped": progress.clipped / max(1, progress.counted),
             "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean, "mfu": mfu[0], "mfu_6n": mfu[1],
-            "eta_s": (run.max_iters - progress.step) * pace, "skipped": progress.skipped}, routing)  # fmt: skip
+            "eta_s": max(0.0, eta), "skipped": progress.skipped}, routing)  # fmt: skip
         progress.clipped = progress.counted = 0
 
     # ---- the number to compare
     with session.saved(), machine.autocast():
         found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.batch_size * run.final_eval_iters,
                          machine.device, ranks, session.stop)  # fmt: skip
-    found = {"step": progress.step, **found, "peak_memory": peak_memory(machine.device)}
+    found = {"step": progress.step, **found, "seconds": progress.seconds, "peak_memory": peak_memory(machine.device)}
     if not math.isfinite(found["val_loss"]) or not math.isfinite(numbers["loss"]):
         lost = lost or "the loss"
-    sampling = "" if lost else sample_command(model, corpus.enc, run.out_dir)
+    sampling = "" if lost else runs.sample_command(model, corpus.enc, run.out_dir)
     log.final(found, run.final_eval_iters, time.perf_counter() - began, sampling)
     if lost:
         return log.give_up(progress.step, f"the run ended and {lost} is not finite", kept)

@@ -18,6 +18,7 @@ import pytest
 from test_train import SHAPE, options
 
 import bench
+import limits
 import sample
 import train
 from bench import BenchConfig
@@ -132,7 +133,7 @@ def here(tmp_path_factory):
         patch.setattr(train, "plan_lines", lambda *_: iter(()))
         patch.setattr(bench, "step_bytes", lambda *_: (1, 1))
         patch.setattr(bench, "gc", SimpleNamespace(collect=lambda: None))
-        patch.setattr(train, "total_memory", lambda device: 2**29)
+        patch.setattr(limits, "total_memory", lambda device: 2**29)
         patch.setattr("model.DEEPEST", 64)
         yield tmp
         for number, handler in kept.items():

@@ -280,7 +280,7 @@ def stepping(case: str, dtype: torch.dtype = torch.bfloat16):
 
     def step(number: int) -> train.Step:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(number, run)
+            group["lr"] = learning_rate_at(number, run, run.max_iters)
         return train_step(net, optimizer, batches(number), 1.0, autocast)
 
     return net, step

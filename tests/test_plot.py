@@ -114,8 +114,43 @@ def test_several_tables_are_several_pictures(matplotlib, tmp_path, capsys):
     assert all(name in capsys.readouterr().out for name in ["bench_speed.png"])
 
 
+def comparison(path):
+    """compare.py's JSON of two contestants at two things that are equal, with three and two evaluations."""
+    def curve(n, shift):
+        return {x: [1.0 + i for i in range(n)] for x in plot.AXES[1:]} | {
+            "losses": [[3.0 - i + shift, 3.2 - i, 3.1 - i] for i in range(n)]}  # fmt: skip
+
+    bases = {basis: {"rows": [], "curves": {"a": curve(n, 0.0), "b": curve(n, 0.5)}}
+             for basis, n in (("tokens", 3), ("seconds", 2))}  # fmt: skip
+    path.write_text(json.dumps({"measure": "bits/byte", "bases": bases}))
+
+
+def test_a_comparison_is_drawn(matplotlib, tmp_path, monkeypatch):
+    """By its file or by its folder, which has a log of its own: a row for each basis, lines and bands on three axes."""
+    (tmp_path / "log.jsonl").write_text('{"run": "a/5-steps", "loss": 2.0}\n')
+    comparison(tmp_path / "compare.json")
+    drawn, real = [], plot.draw_compare
+
+    def draw(found, x, figure):
+        real(found, x, figure)
+        drawn.append(figure)
+
+    monkeypatch.setattr(plot, "draw_compare", draw)
+    for name in ("compare.json", "."):
+        assert plot.main([str(tmp_path / name), f"--out={tmp_path / 'x.png'}"]) == 0
+    assert size(tmp_path / "x.png") == (1100, 700)
+    for figure in drawn:
+        assert [axes.get_xlabel() for axes in figure.axes] == ["tokens", "flops", "seconds"] * 2
+        words = ["bits/byte, equal tokens", "bits/byte, equal seconds"]
+        assert [axes.get_ylabel() for axes in figure.axes[::3]] == words
+        a, b = figure.axes[0].lines
+        assert list(b.get_ydata()) == pytest.approx([3.8 / 3 + 2, 3.8 / 3 + 1, 3.8 / 3]) and b.get_label() == "b"
+        low, high = figure.axes[0].collections[1].get_datalim(figure.axes[0].transData).intervaly
+        assert (low, high) == pytest.approx((1.1, 3.5))
+
+
 def test_it_reads_no_other_program():
-    done = [name for name in ("bench", "scaling", "train", "torch") if name in vars(plot)]
+    done = [name for name in ("bench", "scaling", "compare", "trials", "train", "torch") if name in vars(plot)]
     assert not done
 
 

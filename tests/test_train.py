@@ -28,7 +28,10 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoints
+import limits
 import sample
+import schedule
 import train
 from accounting import count_params, flops_per_token
 from configurator import UserError, build, cli, field_comments, parse
@@ -36,8 +39,9 @@ from data import eval_batches, get_batch, prepare, token_bytes
 from layers import IGNORE
 from machine import attention_peak
 from model import Hydra, HydraConfig
+from schedule import learning_rate_at
 from shards import write_shards
-from train import TrainConfig, learning_rate_at
+from train import TrainConfig
 
 ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
@@ -376,7 +380,7 @@ def test_the_machine_is_chosen_for_this_run(tmp_path, monkeypatch):
 
 def test_the_rate_of_the_schedule_is_the_rate_of_the_step(finished):
     for record in step_records(finished.out):
-        assert record["lr"] == pytest.approx(learning_rate_at(record["step"] - 1, finished.run))
+        assert record["lr"] == pytest.approx(learning_rate_at(record["step"] - 1, finished.run, 5))
     assert len({record["lr"] for record in step_records(finished.out)}) > 3
 
 
@@ -459,17 +463,129 @@ def test_blocks_are_compiled_where_that_was_chosen(tmp_path, monkeypatch):
 
 def test_the_schedule():
     run = TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=110, min_lr_ratio=0.1)
-    rates = [learning_rate_at(step, run) for step in range(111)]
+    rates = [learning_rate_at(step, run, 110) for step in range(111)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == pytest.approx(1.0) and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert learning_rate_at(500, run) == pytest.approx(0.1)
-    assert learning_rate_at(0, replace(run, warmup_iters=0)) == 1.0
-    assert learning_rate_at(35, run) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate_at(500, run, 110) == pytest.approx(0.1)
+    assert learning_rate_at(0, replace(run, warmup_iters=0), 110) == 1.0
+    assert learning_rate_at(35, run, 110) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     constant = replace(run, min_lr_ratio=1.0)
-    assert [learning_rate_at(step, constant) for step in (10, 60, 110)] == [1.0] * 3
-    short = replace(run, max_iters=5)  # ends within its warmup
-    assert learning_rate_at(4, short) == pytest.approx(0.5)
+    assert [learning_rate_at(step, constant, 110) for step in (10, 60, 110)] == [1.0] * 3
+    assert learning_rate_at(4, run, 5) == pytest.approx(0.5)  # ends within its warmup
+
+
+def test_wsd_is_constant_and_then_a_line():
+    run = TrainConfig(learning_rate=1.0, warmup_iters=10, min_lr_ratio=0.1, schedule="wsd", decay_ratio=0.25)
+    rates = [learning_rate_at(step, run, 120) for step in range(121)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:91] == [1.0] * 81  # to the joint, from which it falls evenly
+    assert [a - b for a, b in zip(rates[90:], rates[91:], strict=False)] == pytest.approx([0.9 / 30] * 30)
+    assert rates[120] == pytest.approx(0.1) and learning_rate_at(130, run, 120) == pytest.approx(0.1)
+    assert [learning_rate_at(step, replace(run, decay_ratio=0.0), 120) for step in (10, 119)] == [1.0, 1.0]
+    whole = replace(run, decay_ratio=1.0)  # a decay that would begin within the warmup begins behind it
+    assert [learning_rate_at(step, whole, 120) for step in (9, 10, 65, 120)] == pytest.approx([1, 1, 0.55, 0.1])
+
+
+# ---- what ends a run
+
+
+def test_the_step_at_which_tokens_or_flops_are_reached(tmp_path):
+    config, run = configurations(tmp_path, gradient_accumulation_steps=3, max_iters=7)
+    tokens, flops = 2 * 3 * 32, 3 * flops_per_token(config, 32) * (2 * 3 * 32)
+    assert schedule.planned_steps(config, run) == 7
+    for asked, steps in ((1, 1), (tokens, 1), (tokens + 1, 2), (50 * tokens - 1, 50), (50 * tokens, 50)):
+        assert schedule.planned_steps(config, replace(run, max_tokens=asked)) == steps
+    for n in range(1, 200):  # whatever the rounding of the product
+        assert schedule.planned_steps(config, replace(run, max_flops=n * flops)) == n
+    assert schedule.planned_steps(config, replace(run, max_flops=7.01 * flops)) == 8
+
+
+@pytest.mark.parametrize("stop", ["max_tokens", "max_flops"])
+def test_tokens_and_flops_are_steps_in_disguise(tmp_path, monkeypatch, capsys, stop):
+    """The very losses and rates of a run of so many steps, also when it was stopped: max_iters does not count."""
+    keys = dict(eval_interval=2, n_layer=1, pattern="M")
+    config, _ = configurations(tmp_path, **keys)
+    asked = {"max_tokens": 5 * 64, "max_flops": 5 * 3 * flops_per_token(config, 32) * 64}[stop]
+    train.main(options(tmp_path, "straight", max_iters=5, **keys))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        assert train.main(options(tmp_path, "run", max_iters=1, **keys, **{stop: asked})) == 130
+    assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume"]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert f"ends: {stop}={asked}: 5 steps, 320 tokens, " in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"{stop}=64.*: the run in .* is at step 5: ask for more"):
+        train.main([f"--out_dir={tmp_path / 'run'}", "--resume", f"--{stop}=64"])
+
+
+def fake_seconds(patch: pytest.MonkeyPatch, first: float = 1.0) -> None:
+    """A clock on which a step takes one second, the first one of a process `first`, and an evaluation a hundred."""
+    now = [1000.0]
+    seconds = iter([first] + [1.0] * 100)
+    step, evaluation = train.train_step, train.evaluate
+
+    def train_step(*args):
+        now[0] += next(seconds)
+        return step(*args)
+
+    def evaluate(*args):
+        now[0] += 100
+        return evaluation(*args)
+
+    patch.setattr(train, "train_step", train_step)
+    patch.setattr(train, "evaluate", evaluate)
+    patch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+SECONDS = {"n_layer": 1, "pattern": "M", "max_seconds": 9, "warmup_iters": 2, "eval_interval": 4, "log_interval": 3}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_seconds_of_training_end_a_run_and_the_rate_follows_them(tmp_path, monkeypatch, capsys, schedule):
+    """Evaluations do not count, and the rate is that of a run of as many steps as its pace promises; it goes on from
+    the seconds that it had when it was stopped."""
+    keys = SECONDS | {"schedule": schedule}
+    with monkeypatch.context() as patch:
+        fake_seconds(patch)
+        assert train.main(options(tmp_path, "straight", **keys)) == 0
+    with monkeypatch.context() as patch:
+        fake_seconds(patch)
+        interrupt_after(patch, 4)
+        assert train.main(options(tmp_path, "run", **keys)) == 130
+    assert checkpoint(tmp_path / "run")["seconds"] == 5
+    with monkeypatch.context() as patch:
+        fake_seconds(patch)
+        assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume"]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    _, run = configurations(tmp_path, **keys)
+    steps = step_records(tmp_path / "straight")
+    assert [r["step"] for r in steps] == [1, 3, 6, 9]
+    assert [r["lr"] for r in steps] == pytest.approx([learning_rate_at(n, run, 9) for n in (0, 2, 5, 8)])
+    assert [r["eta_s"] for r in steps] == [8, 6, 3, 0]
+    assert [r["seconds"] for r in records(tmp_path / "straight") if "val_loss" in r] == [0, 4, 8, 9, 9]
+    out = capsys.readouterr().out
+    assert "step     6 |  67% |" in out and "ends: max_seconds=9.0" in out
+
+
+def test_compilation_is_no_second_of_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.compile_blocks", lambda blocks, graphs: None)
+    monkeypatch.setattr("machine.choose_compile", lambda *args: (True, "a stand-in"))
+    fake_seconds(monkeypatch, first=50.0)
+    train.main(options(tmp_path, "run", **SECONDS))
+    assert step_records(tmp_path / "run")[-1]["step"] == 9 and checkpoint(tmp_path / "run")["step"] == 10
+    assert checkpoint(tmp_path / "run")["seconds"] == 9 and step_records(tmp_path / "run")[0]["ms"] == 50000
+
+
+def test_the_rate_never_rises_again_whatever_the_pace():
+    run = TrainConfig(learning_rate=1.0, warmup_iters=3, min_lr_ratio=0.0)
+    seconds, rates = 0.0, []
+    for step, taken in enumerate([1, 1, 1, 1, 9, 1, 1, 30, 1, 1, 5, 5, 5, 50]):
+        in_all = schedule.expected_steps(step, seconds, 100.0)
+        assert in_all > step
+        rates.append(learning_rate_at(step, run, in_all))
+        seconds += taken
+    assert rates[3] == 1.0 and rates[3:] == sorted(rates[3:], reverse=True)
+    assert schedule.expected_steps(14, seconds, 100.0) == 14
 
 
 def test_a_folder_of_data_may_hold_the_run(tmp_path, monkeypatch):
@@ -736,14 +852,14 @@ def test_attention_counts_at_its_own_rate_and_an_evaluation_by_what_there_is(mon
     T = 100_000
     config, run = HydraConfig(block_size=T), TrainConfig(batch_size=1)
     machine = train.Machine(CPU, torch.bfloat16, False, 2e12, None, {})
-    monkeypatch.setattr(train, "total_memory", lambda device: 10**12)
+    monkeypatch.setattr(limits, "total_memory", lambda device: 10**12)
 
     def check(val_tokens: int, config: HydraConfig = config, run: TrainConfig = run) -> None:
         corpus = SimpleNamespace(train=np.zeros(2 * T), val=range(val_tokens))
-        train.check_work(config, run, machine, train.ALONE, corpus)
+        limits.check_work(config, run, machine, train.ALONE, corpus)
 
     rates = []
-    monkeypatch.setattr(train, "attention_peak", lambda device, dtype: rates.append(dtype) or 1.6e11)
+    monkeypatch.setattr(limits, "attention_peak", lambda device, dtype: rates.append(dtype) or 1.6e11)
     with pytest.raises(UserError) as error:
         check(250_000)
     widths = 2 * 256 + 3 * 64 + 128 + 256 + 128  # MMCCCLML
@@ -752,7 +868,7 @@ def test_attention_counts_at_its_own_rate_and_an_evaluation_by_what_there_is(mon
     found = re.search(r"takes ([\d.]+) minutes or more, an evaluation of 300,000 tokens ([\d.]+):", str(error.value))
     assert [float(part) for part in found.groups()] == pytest.approx([3 * minutes, 3 * minutes], abs=0.06)
     assert rates == [torch.bfloat16] and "memory" in str(error.value)
-    monkeypatch.setattr(train, "attention_peak", lambda device, dtype: 2e12)
+    monkeypatch.setattr(limits, "attention_peak", lambda device, dtype: 2e12)
     check(250_000)
     with pytest.raises(UserError, match="takes 0.6 minutes or more, an evaluation of 2,000,000 tokens 4.2:"):
         check(10**12)  # eval_iters of it
@@ -776,7 +892,7 @@ def test_a_run_that_began_from_another_goes_on_from_itself(tmp_path):
 def test_what_init_from_may_change_and_what_not():
     def check(config: HydraConfig, other: HydraConfig) -> None:
         source = {"tokenizer": "it", "model_config": asdict(other), "train_config": {}}
-        train.check_source(config, source, TrainConfig(init_from="it"), "it")
+        checkpoints.check_source(config, source, TrainConfig(init_from="it"), "it")
 
     other = dict(dim=64, n_layer=2, pattern="CL", mod_capacity=0.5)
     changes = dict(vocab_size=258, block_size=64, dim=32, n_head=1, n_kv_head=2, n_layer=4, pattern="CM", mlp_ratio=5.0,
@@ -786,7 +902,7 @@ def test_what_init_from_may_change_and_what_not():
                    rope_fraction=0.5, pre_out_norm=False, alpha="learned")  # fmt: skip
     assert changes.keys() == HydraConfig.__dataclass_fields__.keys()
     for name, value in changes.items():
-        if name in (*train.FREE, "mod_capacity"):
+        if name in (*checkpoints.FREE, "mod_capacity"):
             check(shape(**other | {name: value}), shape(**other))
             Hydra(shape(**other | {name: value})).load_state_dict(Hydra(shape(**other)).state_dict())
         else:
@@ -852,7 +968,7 @@ def test_sizes_that_cannot_be_are_refused_before_anything_is_made(tmp_path, monk
 
 @pytest.mark.faults
 def test_an_evaluation_of_too_many_batches_is_refused_before_the_run_has_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CALL", 1.0)
+    monkeypatch.setattr(limits, "CALL", 1.0)
     with pytest.raises(UserError, match="eval_iters=40: an evaluation has 40 forwards, which take 5 minutes or more"):
         train.main(options(tmp_path, "run", eval_iters=40))
     with pytest.raises(UserError, match="eval_iters=0: an evaluation has .* forwards"):
@@ -1216,7 +1332,7 @@ def test_resume_puts_back_the_groups_whatever_they_are(tmp_path, monkeypatch):
     optimizer = three_groups(model, run)
     parameters = []
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(2, run)
+        group["lr"] = learning_rate_at(2, run, 3)
         parameters += group["params"]
     for number, p in enumerate(parameters):
         optimizer.state[p] = old["optimizer"]["state"][number]
@@ -1268,6 +1384,9 @@ def test_moments_are_restored_and_options_are_not():
     (["--max_iters=-1"], "max_iters=-1"), (["--beta2=1"], "beta2=1.0"), (["--compile=maybe"], "compile='maybe'"),
     (["--eval_interval=0"], "eval_interval=0"), (["--out_dir="], "out_dir=''"), (["--seed=-5"], "seed=-5"),
     ([f"--seed={2**63}"], "is not an int of 64 bits"), (["--cache_dir="], "cache_dir='' is an empty path"),
+    (["--max_seconds=-1"], "max_seconds=-1.0: it must not be negative"),
+    (["--max_tokens=9", "--max_flops=1e9"], "max_tokens=9, max_flops=1000000000.0: one of them can end a run"),
+    (["--schedule=linear"], "use cosine or wsd"), (["--decay_ratio=1.1"], "decay_ratio=1.1: choose a value from 0"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, changes, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")) as error:
@@ -1357,7 +1476,8 @@ def test_every_key_has_its_comment_and_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
     classes = (HydraConfig, TrainConfig, sample.SampleConfig)
     read = {cls: watch(monkeypatch, cls) for cls in classes}
-    keys = dict(pattern="AGMCL", n_layer=5, mod_capacity=0.5, mor_recursions=2, window=8, max_iters=3, warmup_iters=1)
+    keys = dict(pattern="AGMCL", n_layer=5, mod_capacity=0.5, mor_recursions=2, window=8, max_iters=3, warmup_iters=1,
+                schedule="wsd")  # fmt: skip
     train.main(options(tmp_path, "run", **keys))
     (tmp_path / "prompts.txt").write_text("ab\n")
     for prompt in ("--prompt=ab", f"--prompt_file={tmp_path / 'prompts.txt'}"):

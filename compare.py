@@ -1,0 +1,507 @@
+"""Which configuration learns best, and is it resolved? `python compare.py config/a.toml config/b.toml [--key=value ..]`
+
+Each file is a contestant, options hold for all of them; the first one is what the others are compared with.
+- Each gets its own learning rate: rates a factor sqrt(2) apart around its file's, with one seed, at least `rates` of
+  them and more while the lowest loss is at an edge; then the minimum of a parabola through the losses over log rate.
+- Then the seeds at that rate: mean, standard deviation, and of the differences from the first contestant, paired by
+  seed (which has the same batches), the 95% t-interval and p. Where the interval holds 0 it is "not resolved".
+- `equal`: the first contestant's tokens, training FLOPs or seconds. Its length is max_iters, max_tokens or max_flops;
+  seconds are max_seconds, else what it took for its tokens, and those runs are made one at a time. The rate is that at
+  equal tokens. A warmup that is no option stays the part of a run that it is in the file.
+- The runs are train.py's, in OUT_DIR/CONTESTANT/.. (trials.py): a comparison that was stopped goes on where it was.
+The last line is one JSON object; OUT_DIR/compare.json has the learning curves too, for plot.py.
+Left out: corrections for many comparisons, contestants on different texts.
+"""
+
+import json
+import math
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import NamedTuple, TextIO
+
+import numpy as np
+import torch
+
+from accounting import count_params, flops_per_token, state_bytes
+from attention import letters_help
+from configurator import UserError, build, cli, need, parse, to_toml
+from data import Corpus, eval_batches, token_bytes
+from files import locks, write_text
+from layers import IGNORE
+from machine import choose_compile, choose_device, choose_dtype, describe
+from model import HydraConfig
+from runs import git_hash
+from schedule import planned_steps, step_work
+from sources import cores
+from train import TrainConfig, read_corpus
+from trials import UNITS, Outcome, Team, Trial
+
+BASES = ("tokens", "flops", "seconds")
+REACH = 6  # rates are tried up to sqrt(2)**REACH times the file's, and down to that part of it
+POINTS = 5  # evaluations of a learning curve
+# Validation tokens of a point of a curve, of a rate that is tried, of a seed: at most so many, and at most this part of
+# the tokens of the first contestant's run, since evaluations should not cost what the training does.
+VALIDATION = {"curve": (2**13, 1 / 50), "rate": (2**14, 1 / 8), "seed": (2**16, 1 / 2)}
+FEW = 5  # tokens a parameter, below which a run rewards what learns fastest at first
+SAME_TEXT = ("data", "val_data", "val_fraction", "text_field")
+SAME_BATCHES = ("batch_size", "gradient_accumulation_steps", "sampling", "tokenizer")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison; raises UserError, in one line, for values that cannot be."""
+
+    seeds: int = 5  # runs of each contestant at its rate, with the seeds `seed`, `seed` + 1, ..
+    equal: str = "tokens"  # what all have the same of: tokens, flops, seconds; several with commas between
+    rates: int = 5  # learning rates that are tried for each contestant, 0 = its file's and no other
+    jobs: int = 2  # runs at a time, at most one for each core
+    keep: bool = False  # keep the checkpoints of runs that have ended
+    json: str = ""  # file of the whole result, empty: compare.json in out_dir
+
+    def __post_init__(self):
+        need(self, "seeds", self.seeds >= 1, "it must be at least 1")
+        need(self, "jobs", self.jobs >= 1, "it must be at least 1")
+        need(self, "rates", self.rates == 0 or 3 <= self.rates <= 2 * REACH + 1, f"use 0, or 3 to {2 * REACH + 1}")
+        need(self, "equal", set(self.bases) <= set(BASES), f"use {', '.join(BASES)}, with commas between")
+        need(self, "json", Path(self.json).parent.is_dir(), "its folder does not exist: make it first")
+
+    @property
+    def bases(self) -> list[str]:
+        return list(dict.fromkeys(self.equal.split(",")))
+
+
+# ---- Student's t
+
+def t_p(t: float, df: int) -> float:
+    """Two-sided p of Student's t with `df` degrees of freedom, by the finite sums for whole ones (Abramowitz and Stegun
+    26.7.3 and 26.7.4)."""
+    theta = math.atan(abs(t) / math.sqrt(df))
+    odd = df % 2
+    term = math.cos(theta) if odd else 1.0
+    total = 0.0
+    for i in range(df // 2):
+        total += term
+        term *= (2 * i + 1 + odd) / (2 * i + 2 + odd) * math.cos(theta) ** 2
+    inside = math.sin(theta) * total
+    if odd:
+        inside = 2 / math.pi * (theta + inside)
+    return max(0.0, 1 - inside)
+
+
+def t_quantile(df: int, p: float = 0.05) -> float:
+    """The t whose two-sided p is `p`."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        if t_p(middle, df) > p:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def paired(differences: list[float]) -> dict:
+    """The mean of paired differences of losses, its 95% t-interval, p, and what they say."""
+    found = {"difference": None, "low": None, "high": None, "p": None, "verdict": "not resolved"}
+    if differences:
+        found["difference"] = fmean(differences)
+    if len(differences) < 2:
+        return found
+    mean, df = fmean(differences), len(differences) - 1
+    error = stdev(differences) / math.sqrt(len(differences))
+    half = t_quantile(df) * error
+    p = 0.0 if mean else 1.0
+    if error > 0:
+        p = t_p(mean / error, df)
+    if mean + half < 0:
+        found["verdict"] = "better"
+    elif mean - half > 0:
+        found["verdict"] = "worse"
+    return found | {"low": mean - half, "high": mean + half, "p": p}
+
+
+# ---- learning rates
+
+def next_powers(losses: dict[int, float], wanted: int) -> list[int]:
+    """Which rates to try, by their powers of sqrt(2), behind those that have `losses` (inf: diverged): first as many as
+    are wanted, on the side where the lowest loss is; then one more as long as it is at an edge."""
+    if not losses:
+        return [-1, 0, 1]
+    best = min(losses, key=lambda k: (losses[k], k))
+    low, high = min(losses), max(losses)
+    missing = max(0, wanted - len(losses))
+    if best - low == high - best:
+        below, above = missing // 2, missing - missing // 2
+    elif best - low < high - best:
+        below, above = max(missing, int(best == low)), 0
+    else:
+        below, above = 0, max(missing, int(best == high))
+    return [k for k in (*range(low - below, low), *range(high + 1, high + 1 + above)) if abs(k) <= REACH]
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    """The minimum of a parabola through the losses over log rate, fitted to the best rate and up to two on each side;
+    not beyond the best rate's neighbours, and in three digits."""
+    rates = sorted(rate for rate, loss in losses.items() if math.isfinite(loss))
+    best = min(rates, key=lambda rate: losses[rate])
+    at = rates.index(best)
+    near = rates[max(0, at - 2) : at + 3]
+    if len(near) < 3:
+        return best
+    square, slope, _ = np.polyfit(np.log(np.array(near) / best), [losses[rate] for rate in near], 2)
+    if square <= 0:
+        return best
+    first, last = rates[max(0, at - 1)], rates[min(at + 1, len(rates) - 1)]
+    return rounded(min(max(best * math.exp(-slope / (2 * square)), first), last))
+
+
+def rounded(number: float) -> float:
+    return float(f"{number:.3g}")
+
+
+# ---- contestants and their runs
+
+class Entrant(NamedTuple):
+    """A contestant."""
+
+    name: str
+    config: HydraConfig
+    run: TrainConfig  # of its file and the options
+    warmup: float | None  # part of a run that it warms up; None: an option says in how many steps
+
+
+def read_entrants(paths: list[str], given: dict) -> Iterator[Entrant]:
+    kinds = HydraConfig, TrainConfig
+    names = [Path(path).stem for path in paths]
+    for i, path in enumerate(paths):
+        stored = parse([path], *kinds)
+        plain = build(stored, *kinds)
+        warmup = min(1.0, plain[1].warmup_iters / max(1, planned_steps(*plain)))
+        name = names[i]
+        if name in names[:i]:
+            name += f"~{names[: i + 1].count(name)}"
+        yield Entrant(name, *build(given, *kinds, base=stored), None if "warmup_iters" in given else warmup)
+
+
+def configure(argv: list[str]) -> tuple[CompareConfig, dict, list[Entrant]]:
+    """-> the comparison, the options that hold for all contestants, the contestants."""
+    paths = [word for word in argv if word.endswith(".toml") and not word.startswith("-")]
+    words = [word for word in argv if word not in paths]
+    given = parse(words, HydraConfig, TrainConfig, CompareConfig, doc=f"{__doc__}\n{letters_help()}")
+    own = {option.name: given.pop(option.name) for option in fields(CompareConfig) if option.name in given}
+    (options,) = build(own, CompareConfig)
+    for name in ("resume", "plan", "profile"):
+        if given.pop(name, False):
+            raise UserError(f"{name}: compare.py makes whole runs, and goes on where it was stopped: leave it out")
+    if not paths:
+        raise UserError("nothing to compare: name configurations, such as config/tiny.toml config/tiny_mha.toml")
+    entrants = list(read_entrants(paths, given))
+    if planned_steps(entrants[0].config, entrants[0].run) == 0:
+        raise UserError(f"max_iters=0 of {entrants[0].name}: nothing would be trained: ask for more")
+    for it in entrants:
+        for name in SAME_TEXT:
+            if getattr(it.run, name) != getattr(entrants[0].run, name):
+                raise UserError(f"{name}={getattr(it.run, name)!r} of {it.name}: losses compare on one text only: give "
+                                f"--{name} for all")  # fmt: skip
+        if options.rates and it.run.learning_rate == 0:
+            raise UserError(f"learning_rate=0.0 of {it.name}: there is nothing around it to try: set one, or --rates=0")
+    return options, given, entrants
+
+
+def work_of(config: HydraConfig, run: TrainConfig) -> float:
+    """FLOPs of steps and evaluations."""
+    steps = planned_steps(config, run)
+    batches = steps // run.eval_interval * run.eval_iters + run.final_eval_iters
+    tokens = batches * run.batch_size * config.block_size
+    return steps * step_work(config, run)[1] + tokens * flops_per_token(config, config.block_size)
+
+
+class Contest(NamedTuple):
+    """What runs a comparison is made of."""
+
+    options: CompareConfig
+    given: dict  # options that hold for all contestants
+    entrants: list[Entrant]
+    out: Path
+    jobs: int
+
+    @property
+    def first(self) -> Entrant:
+        return self.entrants[0]
+
+    def steps(self, it: Entrant, basis: str) -> int:
+        """With which a contestant has the first one's FLOPs, or else its tokens."""
+        steps = planned_steps(self.first.config, self.first.run)
+        tokens, flops = step_work(self.first.config, self.first.run)
+        stop = {"max_tokens": steps * tokens, "max_flops": 0.0}
+        if basis == "flops":
+            stop = {"max_tokens": 0, "max_flops": steps * flops}
+        return planned_steps(it.config, replace(it.run, **stop, max_seconds=0.0))
+
+    def shared(self) -> dict[str, str]:
+        """Device, dtype and compilation, chosen once for all runs."""
+        run, config = self.first.run, self.first.config
+        device = choose_device(run.device)
+        dtype, _ = choose_dtype(run.dtype, device, config.dim)
+        flops = max(self.steps(it, "tokens") * step_work(it.config, it.run)[1] for it in self.entrants)
+        compiled, _ = choose_compile(run.compile, device, flops)
+        return {"device": str(device), "dtype": str(dtype).removeprefix("torch."),
+                "compile": "on" if compiled else "off"}  # fmt: skip
+
+    def batches(self, it: Entrant, purpose: str) -> int:
+        """Of an evaluation."""
+        most, part = VALIDATION[purpose]
+        tokens = self.steps(self.first, "tokens") * step_work(self.first.config, self.first.run)[0]
+        return max(1, round(min(most, part * tokens) / (it.run.batch_size * it.config.block_size)))
+
+    def run_of(self, it: Entrant, steps: int, rate: float, where: str, changes: dict) -> TrainConfig:
+        warmup = it.run.warmup_iters if it.warmup is None else round(it.warmup * steps)
+        settings = {"max_iters": steps, "max_tokens": 0, "max_flops": 0.0, "max_seconds": 0.0, "warmup_iters": warmup,
+                    "learning_rate": rate, "sample_tokens": 0, "out_dir": str(self.out / it.name / where)}  # fmt: skip
+        return replace(it.run, **settings | changes)
+
+    def rate_trial(self, it: Entrant, power: int) -> Trial:
+        """A run at the rate of this power of sqrt(2), evaluated at its end alone."""
+        steps, rate = self.steps(it, "tokens"), rate_of(it, power)
+        batches = self.batches(it, "rate")
+        if self.given.get("final_eval_iters"):
+            batches = min(batches, it.run.final_eval_iters)
+        evaluations = {"eval_interval": steps, "eval_iters": 1, "final_eval_iters": batches}
+        run = self.run_of(it, steps, rate, f"{steps}-steps/rate-{rate:g}", evaluations)
+        return Trial(it.config, run, work_of(it.config, run))
+
+    def seed_trials(self, it: Entrant, basis: str, rate: float, seconds: float = 0.0) -> list[Trial]:
+        """A run for each seed; at equal seconds it ends after so many."""
+        steps = self.steps(it, basis)
+        evaluations = {"eval_interval": math.ceil(steps / POINTS), "eval_iters": self.batches(it, "curve"),
+                       "final_eval_iters": self.batches(it, "seed")}  # fmt: skip
+        evaluations |= {name: self.given[name] for name in evaluations.keys() & self.given.keys()}
+        found = []
+        for seed in range(it.run.seed, it.run.seed + self.options.seeds):
+            length = f"{seconds:g}-seconds" if basis == "seconds" else f"{steps}-steps"
+            run = self.run_of(it, steps, rate, f"{length}/seed-{seed}-rate-{rate:g}",
+                              evaluations | {"seed": seed, "max_seconds": seconds})  # fmt: skip
+            work = work_of(it.config, run)
+            if basis == "seconds":  # of the first one's run, in whose time it keeps all jobs busy
+                work = self.jobs * self.seed_trials(self.first, "tokens", rate)[0].work
+            found.append(Trial(it.config, run, work, basis == "seconds"))
+        return found
+
+    def expected(self) -> list[Trial]:
+        """All runs, as far as they are known, at any rates."""
+        found = [self.rate_trial(it, power) for it in self.entrants for power in range(self.options.rates)]
+        for basis in self.options.bases:
+            for it in self.entrants:
+                found += self.seed_trials(it, basis, 1.0, 1.0 if basis == "seconds" else 0.0)
+        return found
+
+
+def rate_of(it: Entrant, power: int) -> float:
+    return rounded(it.run.learning_rate * 2 ** (power / 2))
+
+
+def search(contest: Contest, team: Team) -> dict[str, dict[float, float]]:
+    """The losses of each contestant's rates; of what diverged, inf."""
+    losses: dict[str, dict[int, float]] = {it.name: {} for it in contest.entrants}
+    while True:
+        todo = [(it, k) for it in contest.entrants for k in next_powers(losses[it.name], contest.options.rates)]
+        if not todo:
+            break
+        trials = [contest.rate_trial(it, k) for it, k in todo]
+        team.expect([trial for (it, _), trial in zip(todo, trials, strict=True)
+                     if len(losses[it.name]) >= contest.options.rates])  # fmt: skip
+        for (it, k), outcome in zip(todo, team.make(trials), strict=True):
+            losses[it.name][k] = math.inf if outcome.loss is None else outcome.loss
+    return {it.name: {rate_of(it, k): losses[it.name][k] for k in sorted(losses[it.name])} for it in contest.entrants}
+
+
+def seconds_of_first(contest: Contest, team: Team, rate: float) -> float:
+    """For which all train at equal seconds."""
+    if contest.first.run.max_seconds:
+        return contest.first.run.max_seconds
+    made = team.make(contest.seed_trials(contest.first, "tokens", rate))
+    found = [outcome.seconds for outcome in made if outcome.loss is not None]
+    if not found:
+        raise UserError(f"equal=seconds: every run of {contest.first.name} diverges: say how long, with --max_seconds")
+    return rounded(median(found))
+
+
+def seed_outcomes(contest: Contest, team: Team, basis: str, rates: dict[str, float]) -> dict[str, list[Outcome]]:
+    """What the seeds' runs of every contestant have come to. They are made in turns, so that a slow phase of the
+    machine meets all contestants."""
+    seconds = seconds_of_first(contest, team, rates[contest.first.name]) if basis == "seconds" else 0.0
+    trials = [contest.seed_trials(it, basis, rates[it.name], seconds) for it in contest.entrants]
+    made = team.make([trial for of_a_seed in zip(*trials, strict=True) for trial in of_a_seed])
+    return {it.name: made[i :: len(trials)] for i, it in enumerate(contest.entrants)}
+
+
+# ---- results
+
+def row_of(it: Entrant, rate: float, outcomes: list[Outcome], reference: list[Outcome]) -> dict:
+    """What a contestant's runs say, beside those of the first."""
+    tokens, flops = step_work(it.config, it.run)
+    ended = [outcome for outcome in outcomes if outcome.loss is not None]
+    losses = [outcome.loss for outcome in ended]
+    steps = fmean(outcome.steps for outcome in ended or outcomes)
+    params = count_params(it.config)
+    row = {"contestant": it.name, "rate": rate, "parameters": params, "tokens": round(steps * tokens),
+           "tokens_per_parameter": steps * tokens / params, "flops": steps * flops,
+           "seconds": median(outcome.seconds for outcome in ended or outcomes),
+           "state_bytes_per_token": state_bytes(it.config, it.config.block_size) / it.config.block_size,
+           "runs": len(outcomes), "diverged": len(outcomes) - len(ended), "mean": fmean(losses) if losses else None,
+           "sd": stdev(losses) if len(losses) > 1 else None,
+           "losses": [outcome.loss for outcome in outcomes]}  # fmt: skip
+    if outcomes is reference:
+        return row | {"verdict": "reference"}
+    both = [(ours.loss, theirs.loss) for ours, theirs in zip(outcomes, reference, strict=True)]
+    return row | paired([ours - theirs for ours, theirs in both if ours is not None and theirs is not None])
+
+
+def curves_of(it: Entrant, outcomes: list[Outcome]) -> dict[str, list]:
+    """The evaluations of a contestant's runs: where they were made, mean over the seeds, and the losses of each."""
+    tokens, flops = step_work(it.config, it.run)
+    sound = [outcome.curve for outcome in outcomes if outcome.loss is not None]
+    points = [seeds for seeds in zip(*sound, strict=False)  # runs that seconds end have not equally many
+              if all(loss is not None for _, _, loss in seeds)]  # fmt: skip
+    steps = [fmean(step for step, _, _ in seeds) for seeds in points]
+    return {"tokens": [step * tokens for step in steps], "flops": [step * flops for step in steps],
+            "seconds": [fmean(seconds for _, seconds, _ in seeds) for seeds in points],
+            "losses": [[loss for _, _, loss in seeds] for seeds in points]}  # fmt: skip
+
+
+COLUMNS = {"rate": "{:.3g}", "parameters": "{:,}", "tokens_per_parameter": "{:.2f}", "flops": "{:.3g}",
+           "seconds": "{:.0f}", "state_bytes_per_token": "{:,.0f}", "runs": "{}", "diverged": "{}", "mean": "{:.4f}",
+           "sd": "{:.4f}", "difference": "{:+.4f}", "low": "{:+.4f}", "high": "{:+.4f}", "p": "{:.2g}",
+           "verdict": "{}"}  # fmt: skip
+
+
+def table(rows: list[dict]) -> Iterator[str]:
+    """Its lines; what does not exist is a dash."""
+    lines = [["contestant", *(name.replace("_per_", "/").replace("_", " ") for name in COLUMNS)]]
+    for row in rows:
+        cells = ["-" if row.get(name) is None else text.format(row[name]) for name, text in COLUMNS.items()]
+        lines.append([row["contestant"], *cells])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for cells in lines:
+        yield "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def remarks(contest: Contest, tried: dict[str, dict[float, float]], rows: dict[str, list[dict]]) -> Iterator[str]:
+    """What keeps the rows from meaning what they seem to."""
+    first = contest.first
+    for it in contest.entrants:
+        size = count_params(it.config) / count_params(first.config) - 1
+        if abs(size) > 0.01:
+            yield f"{it.name} has {size:+.1%} of {first.name}'s parameters: more than 1% apart"
+        same = all(getattr(it.run, name) == getattr(first.run, name) for name in SAME_BATCHES)
+        if not same or it.config.block_size != first.config.block_size:
+            yield f"{it.name} does not see the batches of {first.name}: a seed has nothing but its number in common"
+        best = min(tried[it.name], key=tried[it.name].get, default=None)
+        if best is not None and best in (min(tried[it.name]), max(tried[it.name])):
+            yield f"{it.name}: the lowest loss is at {best:g}, an edge of the rates that were tried"
+    if contest.options.seeds == 1:
+        yield "one seed resolves nothing: give --seeds=5"
+    if min(row["tokens_per_parameter"] for found in rows.values() for row in found) < FEW:
+        yield f"a run of less than {FEW} tokens a parameter rewards what learns fastest at first"
+    for basis, row in [(basis, row) for basis, found in rows.items() for row in found if row["diverged"]]:
+        yield (f"equal {basis}: {row['diverged']} of {row['runs']} runs of {row['contestant']} diverged, its figures "
+               "are those of the others")  # fmt: skip
+    together = [basis for basis in rows if basis != "seconds"]
+    if contest.jobs > 1 and together:
+        yield f"seconds at equal {' and '.join(together)} are those of runs {contest.jobs} at a time"
+
+
+def read_corpora(entrants: list[Entrant]) -> tuple[Corpus, str]:
+    """The first contestant's; the measure in which losses compare. The token files of all are made."""
+    corpora = [read_corpus(it.config, it.run) for it in entrants]
+    known = [token_bytes(corpus.enc, it.config.vocab_size).any() for corpus, it in zip(corpora, entrants, strict=True)]
+    if not all(known) and len({it.run.tokenizer for it in entrants}) > 1:
+        raise UserError("tokenizer: losses of different tokens compare in bits per byte only, and not all of these "
+                        "have known bytes: give --tokenizer for all")  # fmt: skip
+    return corpora[0], "val_bpb" if all(known) else "val_loss"
+
+
+def contend(contest: Contest, team: Team) -> dict:
+    """The comparison, from the search to the notes."""
+    team.expect(contest.expected())
+    tried: dict[str, dict[float, float]] = {it.name: {} for it in contest.entrants}
+    if contest.options.rates:
+        tried = search(contest, team)
+    contestants, bases, rows, rates = {}, {}, {}, {}
+    for it in contest.entrants:
+        losses = {rate: loss if math.isfinite(loss) else None for rate, loss in tried[it.name].items()}
+        rates[it.name] = it.run.learning_rate
+        if losses and set(losses.values()) == {None}:
+            raise UserError(f"{it.name}: it diverges at every rate from {min(losses):g} to {max(losses):g}: give its "
+                            "file a lower learning_rate")  # fmt: skip
+        if losses:
+            rates[it.name] = best_rate(tried[it.name])
+        contestants[it.name] = {"rate": rates[it.name], "search": list(losses.items()),
+                                "config": asdict(it.config) | asdict(it.run)}  # fmt: skip
+    for basis in contest.options.bases:
+        found = seed_outcomes(contest, team, basis, rates)
+        reference = found[contest.first.name]
+        rows[basis] = [row_of(it, rates[it.name], found[it.name], reference) for it in contest.entrants]
+        bases[basis] = {"rows": rows[basis], "curves": {it.name: curves_of(it, found[it.name])
+                                                        for it in contest.entrants}}  # fmt: skip
+    return {"contestants": contestants, "bases": bases, "notes": list(remarks(contest, tried, rows))}
+
+
+def open_log(out: Path) -> TextIO:
+    """The comparison's log, ours alone; with config.toml it is what a folder of runs is known by."""
+    if (out / "last.pt").exists():
+        raise UserError(f"out_dir={str(out)!r} holds a run of train.py: choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = (out / "log.jsonl").open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise UserError(f"out_dir={str(out)!r}: {error.strerror}: choose a folder that can be written") from error
+    if not locks(log, wait=False):
+        raise UserError(f"out_dir={str(out)!r}: another comparison is at work there: wait, or choose another folder")
+    return log
+
+
+def main(argv: list[str]) -> int:
+    options, given, entrants = configure(argv)
+    out = Path(given.get("out_dir", "out_compare"))
+    contest = Contest(options, given, entrants, out, min(options.jobs, cores()))
+    torch.set_num_threads(1)  # as the runs have it: what this machine does best is found out by measuring
+    shared = contest.shared()
+    contest = contest._replace(entrants=[it._replace(run=replace(it.run, **shared)) for it in entrants])
+    corpus, measure = read_corpora(contest.entrants)
+    last = contest.seed_trials(contest.first, "tokens", 1.0)[0]
+    validation = eval_batches(corpus.val, last.run.batch_size, last.config.block_size, last.run.final_eval_iters)
+    head = describe(torch.device(shared["device"])) | shared | {
+        "jobs": contest.jobs, "git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": f"python compare.py {shlex.join(argv)}", "corpus": corpus.description,
+        "fingerprint": corpus.fingerprint, "measure": UNITS[measure], "reference": contest.first.name,
+        "validation_tokens": sum(int((y != IGNORE).sum()) for _, y in validation)}  # fmt: skip
+    with open_log(out) as log:
+        write_text(out / "config.toml", to_toml(options))
+        log.write(json.dumps(head) + "\n")
+        print(f"{corpus.description}\n{contest.jobs} runs at a time on one thread each; {shared}", flush=True)
+        team = Team(out, contest.jobs, corpus.fingerprint, measure, options.keep, log)
+        try:
+            with team:
+                result = head | contend(contest, team)
+        except KeyboardInterrupt:
+            print(f"stopped: {len(team.ended)} of {team.expected} runs have ended; to go on: {head['command']}")
+            return 130
+    path = Path(options.json) if options.json else out / "compare.json"
+    write_text(path, json.dumps(result, indent=1, allow_nan=False))
+    rows = {basis: found["rows"] for basis, found in result["bases"].items()}
+    for basis, found in rows.items():
+        print(f"\nequal {basis}: {head['measure']} on {head['validation_tokens']:,} validation tokens, lower is better")
+        print("\n".join(table(found)))
+    print("\n".join(result["notes"]))
+    print(json.dumps({"json": str(path), "measure": head["measure"], "validation_tokens": head["validation_tokens"],
+                      "reference": head["reference"], **rows, "notes": result["notes"]}, allow_nan=False))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

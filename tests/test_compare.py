@@ -1,0 +1,448 @@
+"""compare.py finds what is there and nothing else: statistics by hand, the search for a rate, whole comparisons of
+minute models, which train in this process, one test apart; and one that was stopped goes on to the same result.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import interrupt_after
+
+import compare
+import train
+import trials
+from accounting import count_params, flops_per_token, state_bytes
+from attention import GQA, KINDS
+from configurator import UserError, field_comments
+
+ROOT = Path(compare.__file__).parent
+SHAPE = {"vocab_size": 257, "block_size": 16, "dim": 16, "n_head": 2, "n_kv_head": 1, "n_layer": 1, "mlp_ratio": 1.0,
+         "pattern": "A", "tokenizer": "bytes", "batch_size": 2, "max_iters": 6, "warmup_iters": 2,
+         "learning_rate": 0.01, "log_interval": 2}  # fmt: skip
+
+
+def write(path: Path, **keys) -> str:
+    """A configuration's file."""
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in (SHAPE | keys).items()))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A folder with a text in it, in which to be. What follows a letter depends on the one before it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("aabb" * 400)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Runs train in this process. Yields the command lines of those that were made, and how many may be at a time."""
+    found = []
+
+    def train_here(self, orders, jobs):
+        for trial, argv in orders:
+            found.append((argv, jobs))
+            code, problem = trials.train_one(argv)
+            if code not in (0, 1):
+                raise KeyboardInterrupt
+            assert not problem
+            yield trial, 1.0
+
+    monkeypatch.setattr(trials.Team, "train", train_here)
+    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
+    monkeypatch.setattr("runs.git_hash", lambda: "")
+    return found
+
+
+def run(*argv: str, code: int = 0) -> dict:
+    """compare.py's whole result."""
+    assert compare.main(["--data=text.txt", "--jobs=1", "--cache_dir=cache", *argv]) == code
+    return json.loads(Path("out_compare/compare.json").read_text()) if code == 0 else {}
+
+
+def numbers(result: dict) -> dict:
+    """A result without its times, dates and commands."""
+    found = json.loads(json.dumps(result["bases"]))
+    for basis in found.values():
+        for part in (*basis["rows"], *basis["curves"].values()):
+            del part["seconds"]
+    return found | {name: result[name] for name in ("notes", "validation_tokens", "fingerprint")}
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("df, quantile", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (7, 2.3646),
+                                          (10, 2.2281), (30, 2.0423), (120, 1.9799)])  # fmt: skip
+def test_the_quantiles_of_students_t(df, quantile):
+    assert compare.t_quantile(df) == pytest.approx(quantile, abs=1e-4)
+    assert compare.t_p(-quantile, df) == pytest.approx(0.05, abs=1e-5)
+
+
+@pytest.mark.parametrize("t, df, p", [(2.0, 4, 0.1161), (1.0, 1, 0.5), (2.0, 1, 0.2952), (3.0, 2, 0.0955),
+                                      (2.5, 5, 0.0545), (0.0, 3, 1.0), (8.61, 4, 0.001)])  # fmt: skip
+def test_the_p_of_students_t(t, df, p):
+    assert compare.t_p(t, df) == pytest.approx(p, abs=5e-5)
+
+
+def test_p_is_the_integral_of_the_density():
+    x = np.linspace(0, 3, 300001)
+    for df in range(1, 13):
+        scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+        inside = 2 * np.trapezoid(scale * (1 + x**2 / df) ** (-(df + 1) / 2), x)
+        assert compare.t_p(3.0, df) == pytest.approx(1 - inside, abs=1e-8)
+
+
+def test_paired_differences_by_hand():
+    """Mean 3, standard deviation sqrt(2.5), so an error of sqrt(0.5) at 4 degrees of freedom."""
+    found = compare.paired([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.7764 * math.sqrt(0.5)
+    assert [found["low"], found["difference"], found["high"]] == pytest.approx([3 - half, 3, 3 + half], abs=1e-4)
+    assert found["p"] == pytest.approx(0.0132, abs=5e-5) and found["verdict"] == "worse"
+    assert compare.paired([-1.0, -2.0, -3.0, -4.0, -5.0])["verdict"] == "better"
+    assert compare.paired([-1.0, 2.0, -3.0, 4.0, 1.0])["verdict"] == "not resolved"
+    for differences in ([], [0.7], [0.0, 0.0, 0.0]):  # too few to know their spread, or none
+        assert compare.paired(differences)["verdict"] == "not resolved"
+    assert compare.paired([0.7])["difference"] == 0.7 and compare.paired([0.7])["p"] is None
+    assert compare.paired([0.0, 0.0])["p"] == 1 and compare.paired([0.5, 0.5])["verdict"] == "worse"
+
+
+def test_nineteen_of_twenty_intervals_hold_the_truth():
+    generator = np.random.default_rng(0)
+    found = [compare.paired(generator.normal(0.3, 1.0, 5).tolist()) for _ in range(600)]
+    assert 0.93 < np.mean([row["low"] <= 0.3 <= row["high"] for row in found]) < 0.97
+
+
+# ---- the rate
+
+
+def test_rates_are_tried_where_the_lowest_loss_is():
+    def losses(first, *values):
+        return dict(enumerate(values, first))
+
+    assert compare.next_powers({}, 5) == [-1, 0, 1]
+    assert compare.next_powers(losses(-1, 2, 1, 2), 5) == [-2, 2]
+    assert compare.next_powers(losses(-1, 2, 1, 2), 6) == [-2, 2, 3]
+    assert compare.next_powers(losses(-1, 3, 2, 1), 5) == [2, 3]
+    assert compare.next_powers(losses(-1, 1, 2, 3), 5) == [-3, -2]
+    assert compare.next_powers(losses(-2, 3, 2, 1, 2, 3), 5) == []
+    assert compare.next_powers(losses(-1, 5, 4, 3, 2, 1), 5) == [4]  # at an edge
+    assert compare.next_powers(losses(-1, 5, 4, 3, 2, 1, 2), 5) == []
+    assert compare.next_powers(losses(-2, 1, 2, 3, 4, 5), 5) == [-3]
+    assert compare.next_powers(losses(-1, *range(8, 0, -1)), 5) == []  # as far as it goes
+    assert compare.next_powers(losses(-1, math.inf, math.inf, math.inf), 5) == [-3, -2]  # all diverged: lower
+    assert compare.next_powers(losses(-1, 1, 2, math.inf), 3) == [-2]
+
+
+def test_the_minimum_of_a_parabola_over_log_rate():
+    rates = [1e-3 * 2 ** (k / 2) for k in range(-3, 4)]
+    for lowest in (0.8e-3, 1e-3, 1.3e-3):
+        losses = {rate: 2 + 3 * math.log(rate / lowest) ** 2 for rate in rates}
+        assert compare.best_rate(losses) == pytest.approx(lowest, rel=5e-3)  # three digits
+    assert compare.best_rate({rate: rate for rate in rates}) == compare.rounded(rates[0])  # nothing beyond is known
+    assert compare.best_rate(dict(zip(rates[:5], [3.0, 2.0, 1.0, 2.0, 90.0], strict=True))) >= rates[1]
+    diverged = {1e-3: 2.0, 2e-3: 1.0, 4e-3: math.inf}
+    assert compare.best_rate(diverged) == 2e-3
+    steep = {1e-3: 2.0, 2e-3: 1.0, 4e-3: 1.9, 8e-3: math.inf}
+    assert 1e-3 < compare.best_rate(steep) < 4e-3
+    assert compare.best_rate({1e-3: 1.0, 2e-3: 1.5, 4e-3: 1.2}) == 1e-3
+
+
+# ---- whole comparisons
+
+
+def test_a_configuration_against_itself_resolves_nothing(made, capsys):
+    """Not at equal seeds, where nothing differs, nor against other seeds."""
+    files = [write(Path("a.toml")), write(Path("b.toml"))]
+    result = run(*files, "--seeds=3", "--rates=3", "--max_iters=4")
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["tokens"] == result["bases"]["tokens"]["rows"] and last["measure"] == "bits/byte"
+    assert not list(Path("out_compare").rglob("*.pt"))
+    first, second = last["tokens"]
+    assert first["losses"] == second["losses"] and first["rate"] == second["rate"]
+    assert second["difference"] == 0 and second["p"] == 1 and second["verdict"] == "not resolved"
+    options = ["--seeds=3", "--rates=0", f"--learning_rate={first['rate']}", "--seed=50", "--max_iters=4"]
+    others = run(files[0], *options)["bases"]["tokens"]["rows"][0]
+    assert others["losses"] != first["losses"]
+    pairs = zip(first["losses"], others["losses"], strict=True)
+    assert compare.paired([a - b for a, b in pairs])["verdict"] == "not resolved"
+
+
+class Mute(GQA):
+    """MHA that says nothing."""
+
+    def forward(self, x_BTD, ctx, state=None):
+        return 0 * super().forward(x_BTD, ctx, state)
+
+
+def test_a_model_without_attention_is_resolved_as_worse(made, monkeypatch):
+    monkeypatch.setitem(KINDS, "Z", KINDS["A"]._replace(make=lambda c: Mute(c, c.n_head)))
+    files = [write(Path("a.toml"), pattern="C", compression=1), write(Path("z.toml"), pattern="Z")]
+    options = ["--seeds=3", "--rates=0", "--max_iters=60", "--eval_interval=60", "--batch_size=8"]
+    result = run(*files, *options, "--learning_rate=0.02")
+    with_attention, without = result["bases"]["tokens"]["rows"]
+    assert with_attention["mean"] < without["mean"] - 0.1
+    assert without["verdict"] == "worse" and 0 < without["low"] and without["p"] < 0.05
+    swapped = run(*reversed(files), *options, "--learning_rate=0.02")["bases"]["tokens"]["rows"]
+    assert swapped[1]["verdict"] == "better"
+    assert len(made) == 6  # those of the first comparison
+
+
+def test_what_a_row_says(made):
+    config = run(write(Path("a.toml")), write(Path("b.toml"), pattern="M"), "--seeds=2", "--rates=3")
+    rows, curves = (config["bases"]["tokens"][name] for name in ("rows", "curves"))
+    for row in rows:
+        it = config["contestants"][row["contestant"]]
+        shape = compare.HydraConfig(**{k: v for k, v in it["config"].items() if k in SHAPE | {"latent_head_dim": 0}
+                                       and k in compare.HydraConfig.__dataclass_fields__})  # fmt: skip
+        assert row["parameters"] == count_params(shape) and row["tokens"] == 6 * 2 * 16
+        assert row["tokens_per_parameter"] == pytest.approx(192 / count_params(shape))
+        assert row["flops"] == pytest.approx(192 * 3 * flops_per_token(shape, 16))
+        assert row["state_bytes_per_token"] == state_bytes(shape, 16) / 16
+        assert row["mean"] == pytest.approx(np.mean(row["losses"])) and row["runs"] == 2
+        assert row["sd"] == pytest.approx(np.std(row["losses"], ddof=1)) and row["seconds"] > 0
+        assert row["rate"] == it["rate"] == compare.best_rate(dict(it["search"])) and len(it["search"]) >= 3
+        curve = curves[row["contestant"]]
+        assert curve["tokens"] == [64, 128, 192] and len(curve["losses"]) == 3
+        assert curve["flops"][-1] == pytest.approx(row["flops"])
+    differences = np.subtract(rows[1]["losses"], rows[0]["losses"])
+    assert rows[1]["difference"] == pytest.approx(differences.mean())
+    assert config["validation_tokens"] == 192 / 2 and config["threads"] == 1 and config["cpu"] and config["git"]
+    notes = " ".join(config["notes"])
+    assert "b has -" in notes and "more than 1% apart" in notes and "less than 5 tokens a parameter" in notes
+
+
+def test_each_basis_has_its_lengths_and_no_run_is_made_twice(made):
+    """b has more FLOPs a token, and batches of twice the tokens."""
+    files = [write(Path("a.toml")), write(Path("b.toml"), dim=32, batch_size=4)]
+    result = run(*files, "--seeds=2", "--rates=0", "--equal=tokens,flops,seconds", "--max_iters=10", "--jobs=1")
+    found = {basis: result["bases"][basis]["rows"] for basis in compare.BASES}
+    assert [row["tokens"] for row in found["tokens"]] == [320, 320]
+    assert found["flops"][0]["losses"] == found["tokens"][0]["losses"]
+    a, b = (row["flops"] for row in found["flops"])
+    assert a <= b < a + b / (found["flops"][1]["tokens"] / 64)  # less than a step more
+    limit = compare.rounded(np.median([row["seconds"] for row in found["tokens"][:1]]))
+    for row in found["seconds"]:
+        assert row["seconds"] >= limit
+    folders = list(Path("out_compare").rglob("seed-1337*/log.jsonl"))
+    assert len(folders) == 5 and len(made) == 10  # a has the same run for its tokens and for its FLOPs
+    assert "see the batches of a" in " ".join(result["notes"])
+
+
+def test_runs_whose_seconds_count_are_alone(made):
+    files = [write(Path("a.toml")), write(Path("b.toml"))]
+    args = [*files, "--seeds=2", "--rates=0", "--equal=seconds,tokens", "--max_seconds=0.05", "--data=text.txt"]
+    contest = compare.Contest(*compare.configure(args), Path("out_compare"), 2)
+    assert [trial.alone for basis in ("seconds", "tokens")
+            for trial in contest.seed_trials(contest.first, basis, 0.1)] == [True, True, False, False]  # fmt: skip
+    run(*args, "--jobs=2")
+    jobs = {("--max_seconds=0.05" in argv): jobs for argv, jobs in made}
+    assert jobs == {True: 1, False: min(2, compare.cores())}
+
+
+def test_a_comparison_that_was_stopped_goes_on(made, monkeypatch, capsys):
+    files = [write(Path("a.toml")), write(Path("b.toml"), pattern="M")]
+    args = [*files, "--seeds=2", "--rates=3", "--equal=tokens,flops"]
+    for stop in (4, 20, 45):  # steps of all runs together: in the first one, in the search, among the seeds
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, stop)
+            run(*args, code=130)
+        out = capsys.readouterr().out
+        assert "runs have ended; to go on: python compare.py " in out and " ".join(args) in out
+    broken = run(*args)
+    logs = list(Path("out_compare").glob("*/*/*/log.jsonl"))
+    assert len(made) == len(logs) + 3 and sum("resumed_at" in log.read_text() for log in logs) == 3
+    before = len(made)
+    assert numbers(run(*args)) == numbers(broken) and len(made) == before
+    Path("out_compare").rename("stopped")
+    straight = run(*args)
+    assert numbers(straight) == numbers(broken)
+
+
+def test_a_run_of_another_configuration_or_text_is_not_taken(made):
+    args = ["--seeds=1", "--rates=0"]
+    first = run(write(Path("a.toml")), *args)
+    other = run(write(Path("a.toml"), n_layer=2), *args)
+    assert len(made) == 2 and first["bases"]["tokens"]["rows"][0]["mean"] != other["bases"]["tokens"]["rows"][0]["mean"]
+    assert len(list(Path("out_compare").rglob("run-1/log.jsonl"))) == 1  # set aside
+    Path("text.txt").write_text("something else\n" * 100)
+    run("a.toml", *args)
+    assert len(made) == 3
+    run("a.toml", *args, "--keep")
+    assert len(made) == 3
+
+
+def test_a_folder_of_data_may_hold_the_comparison(made):
+    args = [write(Path("a.toml")), "--seeds=1", "--rates=0", "--data=."]
+    run(*args)
+    run(*args)
+    assert len(made) == 1
+
+
+def test_what_diverges_is_a_bad_rate_and_is_reported_among_the_seeds(made, monkeypatch):
+    real = train.train_step
+
+    def train_step(model, optimizer, *args):
+        """Fails at the highest rate of the search, and with the second seed."""
+        done = real(model, optimizer, *args)
+        if optimizer.defaults["lr"] > 0.012 or model.seed == 1338:
+            done = done._replace(loss=done.loss * math.nan)
+        return done
+
+    begin = train.begin
+
+    def noted(model, optimizer, checkpoint, run, ids):
+        model.seed = run.seed
+        return begin(model, optimizer, checkpoint, run, ids)
+
+    monkeypatch.setattr(train, "begin", noted)
+    monkeypatch.setattr(train, "train_step", train_step)
+    files = [write(Path("a.toml")), write(Path("b.toml"), pattern="M")]
+    result = run(*files, "--seeds=3", "--rates=3", "--max_iters=12")
+    search = dict(result["contestants"]["a"]["search"])
+    assert search[0.0141] is None and result["contestants"]["a"]["rate"] <= 0.01
+    for row in result["bases"]["tokens"]["rows"]:
+        assert row["runs"] == 3 and row["diverged"] == 1 and row["losses"][1] is None
+        assert row["mean"] == pytest.approx((row["losses"][0] + row["losses"][2]) / 2)
+    assert "equal tokens: 1 of 3 runs of b diverged" in " ".join(result["notes"])
+    before = len(made)
+    run(*files, "--seeds=3", "--rates=3", "--max_iters=12")
+    assert len(made) == before  # what diverged is not tried again
+
+
+def test_no_rate_that_works_is_said(made, monkeypatch):
+    monkeypatch.setattr(compare, "REACH", 1)
+    real = train.train_step
+    lost = torch.tensor(math.nan)
+    monkeypatch.setattr(train, "train_step", lambda *args: real(*args)._replace(loss=lost))
+    with pytest.raises(UserError, match="a: it diverges at every rate from 0.00707 to 0.0141"):
+        run(write(Path("a.toml")), "--rates=3", "--max_iters=12")
+
+
+def test_the_warmup_stays_its_part_of_the_run(made):
+    def warmup(*options):
+        contest = compare.Contest(*compare.configure(["a.toml", *options]), Path("out"), 1)
+        return [trial.run.warmup_iters for trial in contest.seed_trials(contest.first, "tokens", 0.1)][0]
+
+    write(Path("a.toml"), max_iters=100, warmup_iters=10)
+    assert [warmup(), warmup("--max_iters=40"), warmup(f"--max_tokens={50 * 32}")] == [10, 4, 5]
+    assert warmup("--max_iters=40", "--warmup_iters=7") == 7
+
+
+def test_the_evaluations_can_be_chosen(made):
+    args = [write(Path("a.toml")), "--seeds=1", "--rates=3"]
+    result = run(*args, "--final_eval_iters=2", "--eval_interval=3", "--eval_iters=1")
+    assert result["validation_tokens"] == 2 * 2 * 16
+    assert result["bases"]["tokens"]["curves"]["a"]["tokens"] == [96, 192]
+    batches = {"/rate-" in "".join(argv): [a for a in argv if a.startswith("--final_eval")] for argv, _ in made}
+    assert batches == {True: ["--final_eval_iters=1"], False: ["--final_eval_iters=2"]}  # a rate's are fewer
+
+
+def test_shards_without_bytes_compare_in_nats(made):
+    tokens = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint16)
+    for side in ("train", "val"):
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, len(tokens)
+        Path(f"x_{side}_0.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    files = [write(Path("a.toml"), tokenizer="none"), write(Path("b.toml"), tokenizer="none", n_layer=2)]
+    result = run(*files, "--data=x_*.bin", "--seeds=1", "--rates=0")
+    assert result["measure"] == "nats/token"
+    assert result["bases"]["tokens"]["rows"][0]["mean"] == pytest.approx(math.log(257), abs=0.3)
+    write(Path("b.toml"), tokenizer="bytes")
+    with pytest.raises(UserError, match="losses of different tokens compare in bits per byte only"):
+        run(*files, "--data=x_*.bin")
+
+
+# ---- processes
+
+
+def launch(*args: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *args], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)  # fmt: skip
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:
+    for _ in range(6000):
+        if path.exists() and text in path.read_text():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(f"{text} never came into {path}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_processes_save_when_the_comparison_is_stopped(signum):
+    """A Ctrl-C, which only the parent hears, a termination, and a death; then the same command goes on to the end."""
+    files = [write(Path("a.toml"), max_iters=600), write(Path("b.toml"), max_iters=600)]
+    args = [*files, "--data=text.txt", "--seeds=1", "--rates=0", "--eval_iters=1", "--eval_interval=100000",
+            "--final_eval_iters=1", "--jobs=2"]  # fmt: skip
+    process = launch(*args)
+    runs = [Path(f"out_compare/{name}/600-steps/seed-1337-rate-0.01") for name in "ab"][: compare.cores()]
+    for folder in runs:
+        wait_for(folder / "log.jsonl", '"step": 20', process)
+    os.kill(process.pid, signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if signum == signal.SIGKILL else 130), out + err
+    assert "Traceback" not in err and (signum == signal.SIGKILL or "to go on: python compare.py a.toml b.toml" in out)
+    for folder in runs:
+        for _ in range(1000):  # where the parent died the runs stop by themselves
+            if (folder / "last.pt").exists():
+                break
+            time.sleep(0.01)
+        assert (folder / "last.pt").exists() and '"final"' not in (folder / "log.jsonl").read_text()
+    time.sleep(0.5)
+    process = launch(*args)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    assert json.loads(out.splitlines()[-1])["tokens"][1]["difference"] == 0
+    assert all("resumed_at" in (folder / "log.jsonl").read_text() for folder in runs)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], "nothing to compare: name configurations"), (["a.toml", "--equal=hours"], "equal='hours': use tokens, flops,"),
+    (["a.toml", "--rates=2"], "rates=2: use 0, or 3 to"), (["a.toml", "--seeds=0"], "seeds=0: it must be at least 1"),
+    (["a.toml", "--jobs=0"], "jobs=0"), (["a.toml", "--json=no/such/x.json"], "its folder does not exist"),
+    (["a.toml", "--resume"], "resume: compare.py makes whole runs"), (["a.toml", "--plan"], "plan: compare.py makes"),
+    (["a.toml", "--learning_rate=0"], "learning_rate=0.0 of a: there is nothing around it to try"),
+    (["a.toml", "--max_iters=0"], "max_iters=0 of a: nothing would be trained"), (["b.toml"], "b.toml' does not exist"),
+    (["a.toml", "other.toml"], "val_fraction=0.2 of other: losses compare on one text only"),
+    (["a.toml", "--out_dir=text.txt/x"], "out_dir='text.txt/x': Not a directory: choose a folder"),
+    (["a.toml", "--out_dir=run"], "out_dir='run' holds a run of train.py"), (["a.toml", "--sedes=3"], "you mean seed"),
+    (["a.toml", "--max_tokens=9", "--max_flops=9"], "one of them can end a run"),
+])  # fmt: skip
+def test_bad_input_is_one_clear_line(args, words, made):
+    write(Path("a.toml"))
+    write(Path("other.toml"), val_fraction=0.2)
+    Path("run").mkdir()
+    Path("run/last.pt").touch()
+    with pytest.raises(UserError, match=words) as error:
+        run(*args)
+    assert "\n" not in str(error.value) and not made and not Path("out_compare").exists()
+
+
+def test_two_comparisons_do_not_share_a_folder(made):
+    Path("out_compare").mkdir()
+    with compare.open_log(Path("out_compare")), pytest.raises(UserError, match="another comparison is at work there"):
+        run(write(Path("a.toml")))
+
+
+def test_every_key_has_its_comment():
+    assert all(field_comments(compare.CompareConfig).values())
+    assert asdict(replace(compare.CompareConfig(), seeds=2))["seeds"] == 2

@@ -1,0 +1,239 @@
+"""Runs of train.py in processes of their own, each on one thread; and what they have left in their folders.
+
+Everything is read from the folders: a run that has ended is not trained again, one that was stopped goes on.
+"""
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import torch
+
+import train
+from configurator import UserError
+from model import HydraConfig
+from train import TrainConfig
+
+WHEREABOUTS = {"out_dir", "cache_dir"}  # options that make no difference to a run's numbers
+UNITS = {"val_bpb": "bits/byte", "val_loss": "nats/token"}
+
+
+class Trial(NamedTuple):
+    """A run that is to be made."""
+
+    config: HydraConfig
+    run: TrainConfig
+    work: float  # FLOPs, about; of a run alone, those of all workers in its time
+    alone: bool = False  # no other beside it, since its seconds count
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.out_dir)
+
+
+class Outcome(NamedTuple):
+    """What a run has come to. A loss that is not finite is None."""
+
+    loss: float | None
+    seconds: float  # of training
+    steps: int
+    curve: list[tuple[int, float, float | None]]  # (step, seconds, loss) of its evaluations
+
+
+# ---- folders
+
+def records_of(trial: Trial, fingerprint: str) -> list[dict]:
+    """The log in the run's folder, if it is of just this run on the text of this fingerprint."""
+    path, records = trial.folder / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):  # it was cut
+            records.append(dict(json.loads(line)))
+    wanted = asdict(trial.config) | asdict(trial.run)
+    headers = [record for record in records if "config" in record]
+    for header in headers:
+        there = header["config"]
+        differs = {name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)}
+        if differs - WHEREABOUTS or header["fingerprint"] != fingerprint:
+            return []
+    return records if headers else []
+
+
+def outcome_of(records: list[dict], measure: str) -> Outcome | None:
+    """By a run's log; None where it has not ended. `measure`: val_bpb or val_loss."""
+    curve = [(r["step"], r["seconds"], r.get(measure)) for r in records if "best" in r and r["step"] > 0]
+    for record in reversed(records):
+        if record.get("final"):
+            return Outcome(record.get(measure), record["seconds"], record["step"], curve)
+        if "stopped" in record:
+            return Outcome(None, curve[-1][1] if curve else 0.0, record["step"], curve)
+    return None
+
+
+def command_of(trial: Trial, begun: bool) -> list[str]:
+    """The command line with which train.py makes the run, or goes on with what has begun."""
+    if begun and (trial.folder / "last.pt").exists():
+        return ["--resume", f"--out_dir={trial.folder}", f"--compile={trial.run.compile}"]
+    options = [(part, option) for part in (trial.config, trial.run) for option in fields(part)]
+    given = {option.name: getattr(part, option.name) for part, option in options}
+    return [f"--{option.name}={given[option.name]}" for _, option in options if given[option.name] != option.default]
+
+
+# ---- processes
+
+def follow_parent() -> None:
+    """Where the parent is gone, stop as by Ctrl-C."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def train_one(argv: list[str]) -> tuple[int, str]:
+    """-> the exit code of train.py, and what is wrong with its input."""
+    if "--compile=on" in argv:
+        torch._dynamo.reset()  # all models share the code that is compiled, and a limit of how often
+    try:
+        return train.main(argv), ""
+    except UserError as error:
+        return 2, str(error)
+
+
+def serve(orders: Connection, output: Path) -> None:
+    """Trains for every command line that comes; answers with exit code, error and seconds. All that is printed goes to
+    the file `output`."""
+    os.setpgid(0, 0)  # a Ctrl-C of the terminal is the parent's to pass on: the second signal would not let a run save
+    with output.open("a") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    torch.set_num_threads(1)
+    threading.Thread(target=follow_parent, daemon=True).start()
+    while True:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.default_int_handler)
+        try:
+            argv = orders.recv()
+            began = time.perf_counter()
+            answer = train_one(argv)
+            gc.collect()  # models are in cycles with their hooks and closures
+            orders.send((*answer, time.perf_counter() - began))
+        except (EOFError, BrokenPipeError, KeyboardInterrupt):
+            return
+
+
+class Team:
+    """`jobs` processes that train, from `with` to its end, where they save the runs that they are in; and how far they
+    have come with what is expected of them."""
+
+    def __init__(self, out: Path, jobs: int, fingerprint: str, measure: str, keep: bool, log: TextIO):
+        self.out, self.jobs, self.fingerprint, self.measure = out, jobs, fingerprint, measure
+        self.keep = keep  # the checkpoints of runs that have ended
+        self.log = log  # gets a JSON object for each of them
+        self.workers: dict[Connection, multiprocessing.Process] = {}
+        self.idle: list[Connection] = []
+        self.busy: dict[Connection, Trial] = {}
+        self.ended: set[Path] = set()
+        self.expected = 0  # runs
+        self.ahead = 0.0  # work of those that have not ended
+        self.done = self.taken = 0.0  # work of those that this team has made, and the time of all workers for it
+
+    def __enter__(self) -> "Team":
+        self.earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.busy:
+            print("stopping: the runs save (once more: at once, unsaved)", flush=True)
+        for orders in self.busy:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.workers[orders].pid, signal.SIGINT)
+        for orders, process in self.workers.items():
+            orders.close()
+            process.join()
+        signal.signal(signal.SIGTERM, self.earlier)
+
+    def expect(self, trials: list[Trial]) -> None:
+        """Runs to come, whatever their rates."""
+        works = {trial.folder: trial.work for trial in trials}
+        self.expected += len(works)
+        self.ahead += sum(works.values())
+
+    def hire(self) -> Connection:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])
+        ours, theirs = context.Pipe()
+        output = self.out / f"worker-{len(self.workers) + 1}.txt"
+        process = context.Process(target=serve, args=(theirs, output))
+        process.start()
+        theirs.close()
+        self.workers[ours] = process
+        return ours
+
+    def train(self, orders: list[tuple[Trial, list[str]]], jobs: int) -> Iterator[tuple[Trial, float]]:
+        """Runs and the seconds that they took, in the order in which they end, `jobs` of them at a time. UserError
+        where one could not be made."""
+        waiting = deque(orders)
+        while waiting or self.busy:
+            while waiting and len(self.busy) < jobs:
+                trial, argv = waiting.popleft()
+                chosen = self.idle.pop() if self.idle else self.hire()
+                self.busy[chosen] = trial
+                chosen.send(argv)
+            for chosen in wait(list(self.busy)):
+                trial = self.busy.pop(chosen)
+                try:
+                    code, problem, seconds = chosen.recv()
+                except EOFError:
+                    raise UserError(f"{trial.folder}: its process was killed or failed, see {self.out}/worker-*.txt; "
+                                    "the same command goes on") from None  # fmt: skip
+                if problem:
+                    raise UserError(f"{trial.folder}: {problem}")
+                if code not in (0, 1):  # somebody stopped it
+                    raise KeyboardInterrupt
+                self.idle.append(chosen)
+                yield trial, seconds
+
+    def make(self, trials: list[Trial]) -> list[Outcome]:
+        """What all of these, alone or not, have come to, trained where they have not ended."""
+        orders = []
+        for trial in trials:
+            records = records_of(trial, self.fingerprint)
+            if outcome_of(records, self.measure):
+                self.count(trial)
+            else:
+                orders.append((trial, command_of(trial, bool(records))))
+        jobs = 1 if trials[0].alone else self.jobs
+        for trial, seconds in self.train(orders, jobs):
+            self.done += trial.work
+            self.taken += seconds * self.jobs / jobs
+            self.count(trial, seconds)
+        return [outcome_of(records_of(trial, self.fingerprint), self.measure) for trial in trials]
+
+    def count(self, trial: Trial, seconds: float = 0.0) -> None:
+        """A run has ended: say so, once. Its checkpoints have served."""
+        outcome = outcome_of(records_of(trial, self.fingerprint), self.measure)
+        if outcome is None:
+            raise UserError(f"{trial.folder}: the log of its run has no end: delete the folder, then the same command "
+                            "goes on")  # fmt: skip
+        for name in () if self.keep else ("last.pt", "best.pt"):
+            (trial.folder / name).unlink(missing_ok=True)
+        if trial.folder in self.ended:
+            return
+        self.ended.add(trial.folder)
+        self.ahead = max(0.0, self.ahead - trial.work)
+        name = str(trial.folder.relative_to(self.out))
+        loss = "diverged" if outcome.loss is None else f"{outcome.loss:.4f} {UNITS[self.measure]}"
+        text = f"{len(self.ended):3d} of {self.expected} | {name} | {loss}"
+        if seconds:
+            minutes, rest = divmod(int(self.ahead * self.taken / self.done / self.jobs), 60)
+            text += f" | {seconds:.0f} s | ETA {minutes}:{rest:02d}"
+            self.log.write(json.dumps({"run": name, "loss": outcome.loss, "seconds": seconds}) + "\n")
+        print(text, flush=True)
