@@ -547,6 +547,7 @@ def test_what_is_kept_goes_on_over_a_resume_and_is_set_aside_with_the_run(tmp_pa
     train.main(options(tmp_path, "run", max_iters=4, **args))
     train.main([f"--out_dir={out}", "--resume", "--max_iters=10"])
     assert checkpoints.kept_steps(out) == [8, 4]
+    assert [checkpoints.load_run(out / f"step-{step}.pt", KINDS)[0]["step"] for step in (4, 8)] == [4, 8]
     train.main([f"--out_dir={out}", "--resume", "--max_iters=12", "--keep_last=1", "--keep_every=0"])
     assert checkpoints.kept_steps(out) == [8, 4]  # what was kept once is not taken away
     old = bytes_of(out)
