@@ -456,10 +456,9 @@ class Kept(NamedTuple):
         if step is None or (self.last == 1 and not self.stays(step)):
             return
         kept = path.with_name(f"step-{step}.pt")
-        kept.unlink(missing_ok=True)  # of a run that went on from an earlier step
         try:
             os.link(path, kept)
-        except OSError:  # a file system without links
+        except OSError:  # no links here, or there is one of a run that went on from an earlier step
             with saved_file(kept) as file, path.open("rb") as old:
                 shutil.copyfileobj(old, file)
 

@@ -336,7 +336,8 @@ def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Source | None,
     """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
     if source:
         checkpoints.check_text(source.parts, ids, source.path.parent, run.data)
-        checkpoints.restore(source.path, source.parts, model, optimizer, ranks)
+        with checkpoints.offers_another(source.path):
+            checkpoints.restore(source.path, source.parts, model, optimizer, ranks)
         progress = Progress.of(source.parts)
         if source.path.name != "last.pt" and source.is_in(run.out_dir):
             progress.best = min(progress.best, checkpoints.best_loss(Path(run.out_dir)))  # may be of a later step

@@ -445,6 +445,18 @@ def test_the_newest_whole_checkpoint_is_offered_by_the_command(out, missing):
 
 
 @pytest.mark.faults
+def test_a_checkpoint_of_another_shape_is_not_offered_for_itself(out):
+    """Which is seen only when there is a model to hold it against."""
+    content = checkpoint(out)
+    content["model"][WEIGHT] = torch.zeros(2, 2)
+    torch.save(content, out / "last.pt")
+    before = bytes_of(out)
+    with pytest.raises(UserError, match=f"last.pt does not fit its configuration .{WEIGHT} is .*go on from") as error:
+        train.main([f"--out_dir={out}", "--resume", "--max_iters=6"])
+    assert offered(error.value) == [f"--resume={out / 'step-3.pt'}"] and bytes_of(out) == before
+
+
+@pytest.mark.faults
 def test_the_command_that_is_offered_goes_on_in_its_folder_to_the_same_end(out, trained, capsys):
     flip(out / "last.pt", 1000, 3)
     (out / "step-3.pt").unlink()
@@ -535,6 +547,7 @@ def test_what_is_kept_goes_on_over_a_resume_and_is_set_aside_with_the_run(tmp_pa
     train.main(options(tmp_path, "run", max_iters=4, **args))
     train.main([f"--out_dir={out}", "--resume", "--max_iters=10"])
     assert checkpoints.kept_steps(out) == [8, 4]
+    assert [checkpoints.load_run(out / f"step-{step}.pt", KINDS)[0]["step"] for step in (4, 8)] == [4, 8]
     train.main([f"--out_dir={out}", "--resume", "--max_iters=12", "--keep_last=1", "--keep_every=0"])
     assert checkpoints.kept_steps(out) == [8, 4]  # what was kept once is not taken away
     old = bytes_of(out)
