@@ -421,8 +421,9 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     start = 0.0  # when the first of them began
 
     def steps_in_all() -> float:
-        unread = time.perf_counter() - start if steps else 0.0
-        seconds = ranks.first(progress.seconds + unread) if run.max_seconds else 0.0
+        seconds = progress.seconds
+        if run.max_seconds:  # else nobody needs the clock
+            seconds = ranks.first(seconds + (time.perf_counter() - start if steps else 0.0))
         return steps_of(config, run, progress.step, seconds)
 
     # at the first step of this run

@@ -498,7 +498,7 @@ def test_the_best_checkpoint_restarts_a_run_without_moments(out, capsys):
 def test_a_folder_stands_for_its_last_checkpoint(out, capsys):
     assert train.main([f"--resume={out}", "--max_iters=5"]) == 0
     assert checkpoint(out)["step"] == 5 and "going on from" not in capsys.readouterr().out
-    with pytest.raises(UserError, match="~nobody-at-all/last.pt does not exist"):
+    with pytest.raises(UserError, match="~nobody-at-all/last.pt.: there is no such user"):
         train.main(["--resume=~nobody-at-all/last.pt"])
     with pytest.raises(UserError, match="resume='': name a checkpoint, or leave the value out"):
         train.main(["--resume=", *options(out.parent, "none")])

@@ -37,7 +37,7 @@ from accounting import count_params, flops_per_token
 from configurator import UserError, build, cli, field_comments, parse
 from data import eval_batches, get_batch, prepare, token_bytes
 from layers import IGNORE
-from machine import attention_peak
+from machine import Machine, attention_peak
 from model import Hydra, HydraConfig
 from schedule import learning_rate_at
 from shards import write_shards
@@ -836,10 +836,10 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
     ({"block_size": 10**6, "batch_size": 10**4}, "needs 1000001 tokens, .*; batch_size=10000 and block_size=1000000: "),
     ({"block_size": 40_000, "batch_size": 10**5}, "^batch_size=100000 and block_size=40000: "),
     ({"gradient_accumulation_steps": 10**8}, "^batch_size=2 and block_size=32: "),
-    ({"n_layer": 600, "eval_iters": 10**7}, "batch_size=2 and block_size=32: .* takes .* minutes or more, an eval"),
 ])  # fmt: skip
-def test_what_cannot_fit_or_end_is_refused_before_it_begins(tmp_path, changes, words):
-    """With memory and time, whichever of them it is."""
+def test_what_cannot_fit_or_end_is_refused_before_it_begins(tmp_path, monkeypatch, changes, words):
+    """With memory and time, whichever of them it is, where the first look at the sizes lets it through."""
+    monkeypatch.setattr(train, "check_sizes", lambda *_: None)
     words += (r"a step needs about [\d.]+ of the [\d.]+ GB of cpu and takes [\d.]+ minutes or more, an evaluation of "
               r"[\d,]+ tokens [\d.]+: lower one of them, or --eval_iters; --recompute=block ")  # fmt: skip
     with pytest.raises(UserError, match=words):
@@ -851,7 +851,7 @@ def test_attention_counts_at_its_own_rate_and_an_evaluation_by_what_there_is(mon
     """A CPU with a matrix unit, of which attention has little: by the peak alone such a block would be let through."""
     T = 100_000
     config, run = HydraConfig(block_size=T), TrainConfig(batch_size=1)
-    machine = train.Machine(CPU, torch.bfloat16, False, 2e12, None, {})
+    machine = Machine(CPU, torch.bfloat16, False, 2e12, None, {})
     monkeypatch.setattr(limits, "total_memory", lambda device: 10**12)
 
     def check(val_tokens: int, config: HydraConfig = config, run: TrainConfig = run) -> None:
@@ -926,8 +926,9 @@ def test_a_path_that_cannot_be_is_one_line_whatever_it_is_for(tmp_path, path, mo
             train.main([*options(tmp_path, "run"), "--max_iters=0", f"--{option}={path}"])
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     for args in ([f"--out_dir={path}"], [f"--out_dir={path}", "--resume"]):
-        with pytest.raises(UserError, match="does not exist: train first"):
+        with pytest.raises(UserError) as error:
             sample.main(args[:1]) if len(args) == 1 else train.main(args)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError):
         sample.main([f"--prompt_file={path}"])
 HUGE = 2**63 - 1
