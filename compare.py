@@ -34,6 +34,7 @@ from files import locks, write_text
 from layers import IGNORE
 from machine import choose_compile, choose_device, choose_dtype, describe
 from model import HydraConfig
+from parallel import launched
 from runs import git_hash
 from schedule import planned_steps, step_work
 from sources import cores
@@ -48,7 +49,7 @@ POINTS = 5  # evaluations of a learning curve
 VALIDATION = {"curve": (2**13, 1 / 50), "rate": (2**14, 1 / 8), "seed": (2**16, 1 / 2)}
 FEW = 5  # tokens a parameter, below which a run rewards what learns fastest at first
 SAME_TEXT = ("data", "val_data", "val_fraction", "text_field")
-SAME_BATCHES = ("batch_size", "gradient_accumulation_steps", "sampling", "tokenizer")
+SAME_BATCHES = ("batch_size", "gradient_accumulation_steps", "sampling", "tokenizer", "seed")
 
 
 @dataclass(frozen=True)
@@ -194,15 +195,20 @@ def configure(argv: list[str]) -> tuple[CompareConfig, dict, list[Entrant]]:
     given = parse(words, HydraConfig, TrainConfig, CompareConfig, doc=f"{__doc__}\n{letters_help()}")
     own = {option.name: given.pop(option.name) for option in fields(CompareConfig) if option.name in given}
     (options,) = build(own, CompareConfig)
-    for name in ("resume", "plan", "profile"):
-        if given.pop(name, False):
-            raise UserError(f"{name}: compare.py makes whole runs, and goes on where it was stopped: leave it out")
+    if launched():
+        raise UserError("compare.py starts its own processes: run it without torchrun")
     if not paths:
         raise UserError("nothing to compare: name configurations, such as config/tiny.toml config/tiny_mha.toml")
     entrants = list(read_entrants(paths, given))
     if planned_steps(entrants[0].config, entrants[0].run) == 0:
         raise UserError(f"max_iters=0 of {entrants[0].name}: nothing would be trained: ask for more")
+    if entrants[0].run.max_seconds and "seconds" not in options.bases:
+        raise UserError(f"max_seconds={entrants[0].run.max_seconds}: give --equal=seconds too, or leave it out")
     for it in entrants:
+        for name in ("resume", "plan", "profile"):
+            if getattr(it.run, name):
+                raise UserError(f"{name}={getattr(it.run, name)} of {it.name}: compare.py makes whole runs, and goes "
+                                "on where it was stopped: leave it out")  # fmt: skip
         for name in SAME_TEXT:
             if getattr(it.run, name) != getattr(entrants[0].run, name):
                 raise UserError(f"{name}={getattr(it.run, name)!r} of {it.name}: losses compare on one text only: give "

@@ -64,7 +64,7 @@ def records_of(trial: Trial, fingerprint: str) -> list[dict]:
     for header in headers:
         there = header["config"]
         differs = {name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)}
-        if differs - WHEREABOUTS or header["fingerprint"] != fingerprint:
+        if differs - WHEREABOUTS or header.get("fingerprint") != fingerprint:
             return []
     return records if headers else []
 
@@ -155,9 +155,14 @@ class Team:
         for orders in self.busy:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.workers[orders].pid, signal.SIGINT)
-        for orders, process in self.workers.items():
-            orders.close()
-            process.join()
+        try:
+            for orders, process in self.workers.items():
+                orders.close()
+                process.join()
+        except KeyboardInterrupt:
+            for process in self.workers.values():
+                process.kill()
+            raise
         signal.signal(signal.SIGTERM, self.earlier)
 
     def expect(self, trials: list[Trial]) -> None:

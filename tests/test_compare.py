@@ -181,6 +181,19 @@ def test_a_configuration_against_itself_resolves_nothing(made, capsys):
     assert compare.paired([a - b for a, b in pairs])["verdict"] == "not resolved"
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_rest_takes_as_long_as_what_is_done_did(made, monkeypatch, capsys, jobs):
+    """Equal runs of a second each, as many at a time as there may be; at equal seconds one by one."""
+    monkeypatch.setattr(compare, "cores", lambda: 2)
+    run(write(Path("a.toml")), "--rates=0", "--seeds=4", "--max_tokens=192", f"--jobs={jobs}")
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split("ETA ")[1] for line in out if "ETA" in line and " of 4 | a/" in line] == {
+        1: ["0:03", "0:02", "0:01", "0:00"], 2: ["0:01", "0:01", "0:00", "0:00"]}[jobs]
+    run("a.toml", "--rates=0", "--seeds=2", "--max_seconds=0.1", "--equal=seconds", f"--jobs={jobs}")
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split("ETA ")[1] for line in out if "ETA" in line and " of 2 | a/" in line] == ["0:01", "0:00"]
+
+
 class Mute(GQA):
     """MHA that says nothing."""
 
@@ -296,9 +309,9 @@ def test_what_diverges_is_a_bad_rate_and_is_reported_among_the_seeds(made, monke
     real = train.train_step
 
     def train_step(model, optimizer, *args):
-        """Fails at the highest rate of the search, and with the second seed."""
+        """Fails at the highest rate of the search, and with one seed of each."""
         done = real(model, optimizer, *args)
-        if optimizer.defaults["lr"] > 0.012 or model.seed == 1338:
+        if optimizer.defaults["lr"] > 0.012 or model.seed == (1338 if model.config.pattern == "A" else 1339):
             done = done._replace(loss=done.loss * math.nan)
         return done
 
@@ -311,15 +324,19 @@ def test_what_diverges_is_a_bad_rate_and_is_reported_among_the_seeds(made, monke
     monkeypatch.setattr(train, "begin", noted)
     monkeypatch.setattr(train, "train_step", train_step)
     files = [write(Path("a.toml")), write(Path("b.toml"), pattern="M")]
-    result = run(*files, "--seeds=3", "--rates=3", "--max_iters=12")
+    result = run(*files, "--seeds=4", "--rates=3", "--max_iters=12")
     search = dict(result["contestants"]["a"]["search"])
     assert search[0.0141] is None and result["contestants"]["a"]["rate"] <= 0.01
-    for row in result["bases"]["tokens"]["rows"]:
-        assert row["runs"] == 3 and row["diverged"] == 1 and row["losses"][1] is None
-        assert row["mean"] == pytest.approx((row["losses"][0] + row["losses"][2]) / 2)
-    assert "equal tokens: 1 of 3 runs of b diverged" in " ".join(result["notes"])
+    a, b = result["bases"]["tokens"]["rows"]
+    assert [row["losses"].index(None) for row in (a, b)] == [1, 2]
+    for row in (a, b):
+        assert row["runs"] == 4 and row["diverged"] == 1 and row["mean"] == pytest.approx(
+            np.mean([loss for loss in row["losses"] if loss is not None]))  # fmt: skip
+    pairs = [b["losses"][i] - a["losses"][i] for i in (0, 3)]
+    assert b["difference"] == pytest.approx(np.mean(pairs))
+    assert "equal tokens: 1 of 4 runs of b diverged" in " ".join(result["notes"])
     before = len(made)
-    run(*files, "--seeds=3", "--rates=3", "--max_iters=12")
+    run(*files, "--seeds=4", "--rates=3", "--max_iters=12")
     assert len(made) == before  # what diverged is not tried again
 
 
@@ -419,7 +436,8 @@ def test_processes_save_when_the_comparison_is_stopped(signum):
     ([], "nothing to compare: name configurations"), (["a.toml", "--equal=hours"], "equal='hours': use tokens, flops,"),
     (["a.toml", "--rates=2"], "rates=2: use 0, or 3 to"), (["a.toml", "--seeds=0"], "seeds=0: it must be at least 1"),
     (["a.toml", "--jobs=0"], "jobs=0"), (["a.toml", "--json=no/such/x.json"], "its folder does not exist"),
-    (["a.toml", "--resume"], "resume: compare.py makes whole runs"), (["a.toml", "--plan"], "plan: compare.py makes"),
+    (["a.toml", "--resume"], "resume=True of a: compare.py makes whole runs"), (["planned.toml"], "plan=True of plann"),
+    (["a.toml", "--profile=3"], "profile=3 of a"), (["a.toml", "--max_seconds=5"], "max_seconds=5.0: give --equal=sec"),
     (["a.toml", "--learning_rate=0"], "learning_rate=0.0 of a: there is nothing around it to try"),
     (["a.toml", "--max_iters=0"], "max_iters=0 of a: nothing would be trained"), (["b.toml"], "b.toml' does not exist"),
     (["a.toml", "other.toml"], "val_fraction=0.2 of other: losses compare on one text only"),
@@ -430,11 +448,18 @@ def test_processes_save_when_the_comparison_is_stopped(signum):
 def test_bad_input_is_one_clear_line(args, words, made):
     write(Path("a.toml"))
     write(Path("other.toml"), val_fraction=0.2)
+    write(Path("planned.toml"), plan=True)
     Path("run").mkdir()
     Path("run/last.pt").touch()
     with pytest.raises(UserError, match=words) as error:
         run(*args)
     assert "\n" not in str(error.value) and not made and not Path("out_compare").exists()
+
+
+def test_it_starts_its_own_processes(made, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="without torchrun"):
+        run(write(Path("a.toml")))
 
 
 def test_two_comparisons_do_not_share_a_folder(made):
