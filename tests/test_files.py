@@ -10,6 +10,8 @@ import files
 from configurator import UserError
 from files import complete_file, remove_leftovers, saved_file
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def old(tmp_path):
