@@ -68,6 +68,9 @@ def resumable(out: Path, given: dict, model_config: type, train_config: type) ->
     """`load_checkpoint` of a run to go on with; UserError where an option of `given` would make it another run."""
     checkpoint, notes = load_checkpoint(out / "last.pt", {"model_config": model_config, "train_config": train_config})
     moments = "shards" if "shards" in checkpoint else "optimizer"
+    if "seconds" not in checkpoint:
+        checkpoint["seconds"] = 0.0
+        notes.append(f"{out / 'last.pt'} is older than max_seconds, which counts from here on")
     missing = {moments, *(field.name for field in fields(Progress))} - checkpoint.keys()
     if missing:
         raise UserError(f"{out / 'last.pt'} lacks {', '.join(sorted(missing))}, without which nothing goes on exactly: "
