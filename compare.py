@@ -480,7 +480,8 @@ def main(argv: list[str]) -> int:
     contest = contest._replace(entrants=[it._replace(run=replace(it.run, **shared)) for it in entrants])
     corpus, measure = read_corpora(contest.entrants)
     last = contest.seed_trials(contest.first, "tokens", 1.0)[0]
-    validation = eval_batches(corpus.val, last.run.batch_size, last.config.block_size, last.run.final_eval_iters)
+    windows = last.run.batch_size * last.run.final_eval_iters
+    validation = eval_batches(corpus.val, last.run.batch_size, last.config.block_size, windows)
     head = describe(torch.device(shared["device"])) | shared | {
         "jobs": contest.jobs, "git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": f"python compare.py {shlex.join(argv)}", "corpus": corpus.description,

@@ -317,9 +317,9 @@ def test_what_diverges_is_a_bad_rate_and_is_reported_among_the_seeds(made, monke
 
     begin = train.begin
 
-    def noted(model, optimizer, checkpoint, run, ids):
+    def noted(model, optimizer, source, initial, run, ids, ranks):
         model.seed = run.seed
-        return begin(model, optimizer, checkpoint, run, ids)
+        return begin(model, optimizer, source, initial, run, ids, ranks)
 
     monkeypatch.setattr(train, "begin", noted)
     monkeypatch.setattr(train, "train_step", train_step)
