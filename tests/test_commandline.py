@@ -22,7 +22,7 @@ import limits
 import sample
 import train
 from bench import BenchConfig
-from configurator import REPEATED, AnyPath, UserError
+from configurator import REPEATED, SWITCH, AnyPath, UserError
 from model import HydraConfig
 from sample import SampleConfig
 from train import TrainConfig
@@ -59,7 +59,8 @@ PATHS = st.sampled_from(["", ".", "~", "~/x", "~nobody-at-all", "a" * 300, "a/" 
 def values(kind: type) -> st.SearchStrategy[str]:
     """Texts for an option of this type: such as can be, extreme ones, and those of another type."""
     right = {int: INTS.map(str), float: FLOATS.map(repr), bool: st.sampled_from(["true", "no", "1", "maybe", ""]),
-             str: WORDS | ANY_TEXT, AnyPath: PATHS | WORDS | ANY_TEXT, REPEATED: ANY_TEXT}  # fmt: skip
+             str: WORDS | ANY_TEXT, AnyPath: PATHS | WORDS | ANY_TEXT, SWITCH: PATHS | WORDS | ANY_TEXT,
+             REPEATED: ANY_TEXT}  # fmt: skip
     return st.integers(0, 9).flatmap(
         lambda n: right[kind] if n < 8 else st.one_of(ODD_NUMBERS, WORDS, PATHS, ANY_TEXT, INTS.map(str)))
 

@@ -845,7 +845,8 @@ def test_head_and_a_hangup_save_and_leave(tmp_path):
     wait_for_step(tmp_path / "run", reached + 2, run, "resumed_at")
     run.send_signal(signal.SIGHUP)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 129 and "saved in" in out and "Traceback" not in err
+    assert run.returncode == 129, out + err
+    assert "saved in" in out and "Traceback" not in err
     assert checkpoint(tmp_path / "run")["step"] > reached
 
 
