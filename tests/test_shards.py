@@ -167,6 +167,16 @@ def test_shards_without_a_window_are_a_warning():
     assert "2 of 4 training shards have fewer than block_size + 1 = 11 ids" in data.short_shards(tokens, 10)
 
 
+def test_a_side_without_a_target_is_refused_before_the_runs_folder_is_touched(tmp_path):
+    write_side(tmp_path / "shards", "train", (50,))
+    write_side(tmp_path / "shards", "val", (1, 1), first=3)
+    out = tmp_path / "run"
+    keys = {"data": tmp_path / "shards", "tokenizer": "none", "vocab_size": 5000}
+    with pytest.raises(UserError, match="2 validation tokens in 2 pieces.*too few to evaluate on: .*--val_data=PATH$"):
+        train.main(test_train.options(tmp_path, "run", block_size=8, **keys))
+    assert not [path.name for path in out.rglob("*") if path.name != ".lock"]
+
+
 def test_texts_that_are_no_shards_and_text_shards_that_validate_a_text(folder, tmp_path):
     with pytest.raises(UserError, match="--val_data=.*: no text in it .skipped: 6 "):
         data.prepare(write_text(tmp_path), "bytes", str(tmp_path / "cache"), val_data=str(folder))
@@ -607,6 +617,44 @@ def test_a_tokenizer_is_trained_on_the_training_side_alone(tmp_path, text_folder
     assert data.get_tokenizer(str(out)).encode_ordinary("th") == [256]
     said = capsys.readouterr().out
     assert "257 ranks" in said and "NOT that of the shipped ranks" in said and "--vocab_size=258" in said
+
+
+def test_train_tokenizer_overwrites_nothing_and_says_what_to_type(tmp_path, text_folder, monkeypatch, capsys):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "rustbpe", types.SimpleNamespace(Tokenizer=Trainer))
+    out = tmp_path / "new/folder/ranks"
+    given = options(tmp_path, text_folder)
+    data.main(["train_tokenizer", str(out), *given, "--vocab_size=300"])
+    said = capsys.readouterr().out
+    assert "WARNING: 257 ranks came, not the 299 of --vocab_size=300: " in said
+    assert f"train.py --data={text_folder} --tokenizer={out} --vocab_size=258" in said
+    content = out.read_bytes()
+    data.main(["train_tokenizer", str(out.with_name("exact")), *given, "--vocab_size=258", "--val_fraction=0.2"])
+    said = capsys.readouterr().out
+    assert "WARNING" not in said and "--val_fraction=0.2 --tokenizer" in said
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    monkeypatch.setattr(data, "command_texts", None)  # before the text is read
+    for path in (out, tmp_path / "link", text_folder):
+        with pytest.raises(UserError, match=f"^{path} exists already: name a new file$"):
+            data.main(["train_tokenizer", str(path), *given])
+    assert out.read_bytes() == content
+
+
+def test_train_tokenizer_needs_a_folder_before_it_trains(tmp_path, text_folder, monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "rustbpe", types.SimpleNamespace(Tokenizer=None))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file.*OUT writable"):
+        data.main(["train_tokenizer", str(tmp_path / "file/out"), *options(tmp_path, text_folder)])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="texts is not writable: name a file in another folder"):
+        data.main(["train_tokenizer", str(text_folder / "out"), *options(tmp_path, text_folder)])
+
+
+def test_help_has_one_usage(capsys):
+    with pytest.raises(SystemExit):
+        data.main(["--help"])
+    assert capsys.readouterr().out.count("usage:") == 1
 
 
 def test_bench_compares_ours_with_one_call(tmp_path, text_folder, capsys):
