@@ -325,6 +325,10 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
         useless = no_effect("val_fraction", val_fraction, 0.1, "shards validate by their names, or by --val_data")
         useless += no_effect("text_field", text_field, "text", "shards have no JSON lines")
         return replace(corpus, warnings=(*corpus.warnings, *useless))
+    if data and tokenizer == "none":
+        raise UserError(f"--data={data}: no token shards there, which --tokenizer=none is for: they are files "
+                        "*_train_*.bin and *_val_*.bin, or train.bin and val.bin, in one folder or of a glob; a text "
+                        "needs a tokenizer, e.g. --tokenizer=python4096")
     enc = get_tokenizer(tokenizer)
     made: list[Path] = []
     try:

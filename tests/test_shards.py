@@ -16,6 +16,7 @@ import tiktoken
 import torch
 
 import data
+import formats
 import sample
 import shards
 import train
@@ -165,6 +166,35 @@ def test_shards_without_a_window_are_a_warning():
     tokens = in_order((10, 9, 11, 30))
     assert data.short_shards(tokens, 8) == "" and data.short_shards(tokens.shards[0], 9) == ""
     assert "2 of 4 training shards have fewer than block_size + 1 = 11 ids" in data.short_shards(tokens, 10)
+
+
+def test_shards_that_are_not_found_are_known_by_their_content(folder, tmp_path):
+    assert {magic for magic, _ in shards.FORMATS} == {
+        int.from_bytes(head, "little") for head, unfit in formats.FORMATS.items() if unfit is formats.SHARD}
+    (tmp_path / "deep").mkdir()
+    for side in ("train", "val"):
+        write_side(tmp_path / f"deep/{side}", "part", (9, 9))
+    remedy = "token shard .*name the shards .*_train_.*_val_.*in one folder"
+    for path in (tmp_path / "deep", tmp_path / "deep/train", tmp_path / "deep/val/corpus_part_000000.bin"):
+        with pytest.raises(UserError, match=remedy.replace(" .*", ".*", 1)):
+            data.prepare(str(path), "auto", str(tmp_path / "cache"))
+        with pytest.raises(UserError, match=r"no token shards there.*\*_train_\*.bin and \*_val_\*.bin"):
+            prepare(path)
+    (tmp_path / "deep/readme.txt").write_text("text\n" * 9)
+    (tmp_path / "deep/b.txt").write_text("text b\n" * 9)
+    warnings = data.prepare(str(tmp_path / "deep"), "bytes", str(tmp_path / "cache")).warnings
+    assert any("token shards are not read beside texts" in warning for warning in warnings)
+    with pytest.raises(UserError, match="this glob finds no token shards, files .*_train_"):
+        data.prepare(str(tmp_path / "no*.bin"), "auto", str(tmp_path / "cache"))
+
+
+def test_a_folder_of_our_own_shards_is_no_part_of_a_text(tmp_path):
+    write_text(tmp_path)
+    for side in ("train", "val"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        shards.write_shards(tmp_path / "out", side, np.arange(9), 300)
+    corpus = data.prepare(str(tmp_path), "bytes", str(tmp_path / "cache"))
+    assert "1 with shards of `data.py shard` in it (out/: give" in corpus.description and corpus.warnings == ()
 
 
 def test_a_side_without_a_target_is_refused_before_the_runs_folder_is_touched(tmp_path):
