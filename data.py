@@ -305,6 +305,10 @@ def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_
     train, val = (Tokens(side) for side in shards.values())
     ids = f"ids of {enc.name}" if enc else "ids of a tokenizer that is not named: nats per token only, no samples"
     warnings = []
+    trained = {hashlib.sha256(shard.content()).digest() for shard in shards["train"]}
+    for shard in shards["val"]:
+        if hashlib.sha256(shard.content()).digest() in trained:
+            warnings.append(f"{shard.path} looks like a copy of a training shard: {OTHER_SHARDS}")
     if beside:
         warnings.append(f"{data} has token shards, beside which {len(beside)} other files are not read, "
                         f"such as {beside[0]}: give texts without shards, or shards alone")

@@ -197,6 +197,13 @@ def test_a_folder_of_our_own_shards_is_no_part_of_a_text(tmp_path):
     assert "1 with shards of `data.py shard` in it (out/: give" in corpus.description and corpus.warnings == ()
 
 
+def test_a_copy_of_a_training_shard_that_validates_is_a_warning(folder):
+    assert prepare(folder).warnings == ()
+    (folder / "copy_val_1.bin").write_bytes((folder / "corpus_train_000002.bin").read_bytes())
+    (warning,) = prepare(folder).warnings
+    assert "copy_val_1.bin looks like a copy of a training shard: give other shards with --val_data" in warning
+
+
 def test_a_side_without_a_target_is_refused_before_the_runs_folder_is_touched(tmp_path):
     write_side(tmp_path / "shards", "train", (50,))
     write_side(tmp_path / "shards", "val", (1, 1), first=3)
@@ -310,7 +317,7 @@ def test_too_short_shards_are_an_error(folder):
     for draw in (data.get_batch, data.epoch_batch):
         with pytest.raises(UserError, match="needs 201 tokens, the longest training shard has 200: .*--block_size"):
             draw(corpus.train, 2, 200, 0, 0)
-    with pytest.raises(UserError, match="2 validation tokens are too few"):
+    with pytest.raises(UserError, match="2 validation tokens in 2 pieces, .* too few"):
         next(data.eval_batches(in_order((1, 1)), 2, 8))
 
 
@@ -434,6 +441,7 @@ def test_fingerprint_sees_names_sizes_and_every_byte_of_small_shards(folder, tmp
     ("a_train_1.bin", shard_bytes(range(9))[:700], "cut or damaged, 700 bytes"),
     ("a_train_1.bin", shard_bytes(range(9), code="I"), "cut or damaged, 1060 bytes"),
     ("a_train_1.bin", shard_bytes(range(9)) + b"\0\0", "cut or damaged, 1044 bytes"),
+    ("a_train_1.bin", shard_bytes(range(9))[:8], "cut or damaged, 8 bytes"),
     ("a_train_1.bin", b"", "empty file; copy or download it again"),
     ("a_train_1.bin", shard_bytes([]), "its header tells of 0 ids"),
     ("a_train_1.bin", shard_bytes(range(9), version=3), "version 3 .*magic 20240520; this program reads 20240520 vers"),
