@@ -274,8 +274,10 @@ def resumable(path: Path, given: dict, model_config: type, train_config: type) -
     fixed = checkpoint["model_config"] | {name: trained[name] for name in ("tokenizer", "init_from")}
     for name, value in fixed.items():
         if name != "attn_backend" and given.get(name, value) != value:
+            way = f" --init_from={shlex.quote(str(path.parent))}" if name in FREE else ""
             raise UserError(f"{name}={given[name]!r}: the run in {path.parent} has {value!r}, which --resume cannot "
-                            "change: leave it out, or start another run with --out_dir=PATH")  # fmt: skip
+                            f"change: leave it out, or start another run with --out_dir=PATH{way}"
+                            f"{', from its weights' if way else ''}")  # fmt: skip
     return checkpoint, notes
 
 

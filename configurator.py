@@ -273,7 +273,8 @@ def field_comments(cls: type) -> dict[str, str]:
 def help_text(types: tuple[type, ...], doc: str) -> str:
     """`doc`, the usage, and every key with its default and its comment, by dataclass."""
     lines = [doc.strip(), ""] if doc else []
-    lines.append(f"usage: python {os.path.basename(sys.argv[0])} [config/x.toml ...] [--key=value ...]")
+    if not doc.startswith("usage: "):
+        lines.append(f"usage: python {os.path.basename(sys.argv[0])} [config/x.toml ...] [--key=value ...]")
     lines.append("Read in order, later wins. Also --key value; --key alone sets a bool to true.")
     for cls in types:
         comments = field_comments(cls)

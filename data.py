@@ -305,6 +305,10 @@ def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_
     train, val = (Tokens(side) for side in shards.values())
     ids = f"ids of {enc.name}" if enc else "ids of a tokenizer that is not named: nats per token only, no samples"
     warnings = []
+    trained = {hashlib.sha256(shard.content()).digest() for shard in shards["train"]}
+    for shard in shards["val"]:
+        if hashlib.sha256(shard.content()).digest() in trained:
+            warnings.append(f"{shard.path} looks like a copy of a training shard: {OTHER_SHARDS}")
     if beside:
         warnings.append(f"{data} has token shards, beside which {len(beside)} other files are not read, "
                         f"such as {beside[0]}: give texts without shards, or shards alone")
@@ -325,6 +329,10 @@ def prepare(data: str, tokenizer: str, cache_dir: str, out_dir: str = "", val_fr
         useless = no_effect("val_fraction", val_fraction, 0.1, "shards validate by their names, or by --val_data")
         useless += no_effect("text_field", text_field, "text", "shards have no JSON lines")
         return replace(corpus, warnings=(*corpus.warnings, *useless))
+    if data and tokenizer == "none":
+        raise UserError(f"--data={data}: no token shards there, which --tokenizer=none is for: they are files "
+                        "*_train_*.bin and *_val_*.bin, or train.bin and val.bin, in one folder or of a glob; a text "
+                        "needs a tokenizer, e.g. --tokenizer=python4096")
     enc = get_tokenizer(tokenizer)
     made: list[Path] = []
     try:
@@ -437,7 +445,9 @@ def eval_batches(tokens: np.ndarray | Tokens, batch_size: int, block_size: int,
     counts = (targets + block_size - 1) // block_size  # rounded up
     windows = int(counts.sum())
     if windows == 0:
-        raise UserError(f"{len(tokens)} validation tokens are too few to evaluate on: give more text with --data")
+        raise UserError(f"{len(tokens)} validation tokens in {len(targets)} pieces, of which the first of each is no "
+                        "target, are too few to evaluate on: validate by another text, or other shards, with "
+                        "--val_data=PATH")
     chosen = min(windows, max_windows) if max_windows else windows
     numbers = np.arange(chosen) * windows // chosen
     for batch in np.split(numbers, range(batch_size, chosen, batch_size)):
@@ -485,7 +495,12 @@ def train_tokenizer(out: Path, options: CommandConfig) -> None:
         raise UserError("rustbpe, a tool for this command only, is not installed: pip install rustbpe==0.1.0")
     import rustbpe
 
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already: name a new file")
     text = command_texts(options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out.parent} is not writable: name a file in another folder")
     print_warnings(*text.warnings)
     trainer = rustbpe.Tokenizer()
     pieces = filter(None, part_pieces(text.parts[0]))
@@ -493,9 +508,14 @@ def train_tokenizer(out: Path, options: CommandConfig) -> None:
     ranks = sorted((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks())
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
     write_text(out, "".join(lines))
+    if len(ranks) < options.vocab_size - 1:
+        print_warnings(f"{len(ranks)} ranks came, not the {options.vocab_size - 1} of --vocab_size="
+                       f"{options.vocab_size}: the text has no more pairs to merge; give more of it with --data")
+    corpus = {name: getattr(options, name) for name in ("data", "val_data", "val_fraction", "text_field")}
+    given = {name: value for name, value in corpus.items() if value != getattr(CommandConfig, name)}
     same = "that of" if text.fingerprint == RANKS_CORPUS else "NOT that of"
     print(f"{out}: {len(ranks)} ranks of {text.title}, {same} the shipped ranks ({text.fingerprint[:12]}). Use them "
-          f"with: {command('train.py', tokenizer=out, vocab_size=len(ranks) + 1)}")
+          f"with: {command('train.py', **given, tokenizer=out, vocab_size=len(ranks) + 1)}")
 
 
 def write_corpus(out: Path, options: CommandConfig) -> None:

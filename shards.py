@@ -54,9 +54,12 @@ class Shard:
 
     def sample(self) -> bytes:
         """What the fingerprint reads: name, size, and ids at places evenly spaced, which is all of a small shard."""
+        return os.fsencode(self.path.name) + self.content()
+
+    def content(self) -> bytes:
         firsts = sorted({max(0, self.count - SAMPLE) * i // (SAMPLES - 1) for i in range(SAMPLES)})
         parts = [self[first:first + SAMPLE].tobytes() for first in firsts]
-        return os.fsencode(f"{self.path.name}\0{self.dtype}{self.count}\0") + b"".join(parts)
+        return f"\0{self.dtype}{self.count}\0".encode() + b"".join(parts)
 
 
 @functools.lru_cache(maxsize=256)  # a map keeps its file open, systems allow about a thousand, and corpora have more
@@ -94,6 +97,8 @@ def open_shard(path: Path, limit: int) -> Shard:
         raise bad("empty file")
     magic, version, count = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
     versions = [known for known, _ in FORMATS if known == magic]
+    if versions and size < HEADER:
+        raise bad(f"cut or damaged, {size} bytes are fewer than a header's {HEADER}")
     if not versions and path.name in ("train.bin", "val.bin"):
         if size % 2:
             raise bad(f"{size} bytes, an odd number, are no uint16 ids")

@@ -11,6 +11,7 @@
 Left out: a split by the records of a file.
 """
 
+import glob
 import hashlib
 import os
 import platform
@@ -31,12 +32,13 @@ import tiktoken
 
 from configurator import UserError, say
 from files import is_run_file
-from formats import CHUNK, TextFile, Unfit, checked_pieces, inspect, is_token_file
+from formats import CHUNK, SHARD, TextFile, Unfit, checked_pieces, inspect, is_our_shard, is_token_file, visible
 
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
 MOST_CORES = 16
 HIDDEN, WRITTEN, LINKED = "hidden", "with a run or a cache in it", "links to what is above, elsewhere or seen"
+SHARDED = Unfit("with shards of `data.py shard` in it", advice="give that folder alone to train on them")
 NO_CORPUS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 FEWEST_FILES = 100  # a standard library with fewer is zipped, frozen or stripped
 
@@ -57,15 +59,23 @@ class Skipped:
 
     def warning(self, kept: int) -> str:
         """Loud words where more than half of the files were left out, hidden ones not counted."""
-        lost = sum(count for reason, count in self.counts.items() if reason not in (HIDDEN, WRITTEN, LINKED))
-        return f"{lost} of {lost + kept} files were skipped, more than half of them; {self}" if lost > kept else ""
+        usual = (HIDDEN, WRITTEN, LINKED, SHARDED.reason)
+        counts = Counter({reason: count for reason, count in self.counts.items() if reason not in usual})
+        lost = counts.total()
+        if lost <= kept:
+            return ""
+        reason, count = counts.most_common(1)[0]
+        return (f"{lost} of {lost + kept} files were skipped, more than half of them, such as {count} {reason} "
+                f"({self.example(reason)}); the line of the corpus has them all")
+
+    def example(self, reason: str) -> str:
+        """The first file that was left out for it, where that shows and what helps."""
+        name, unfit = self.examples[reason]
+        where = ", ".join(filter(None, (visible(name), unfit.place)))
+        return ": ".join(filter(None, (where, unfit.remedy(f"{self.root}/{name}"))))
 
     def __str__(self) -> str:
-        parts = []
-        for reason, (name, unfit) in sorted(self.examples.items()):
-            remedy = unfit.remedy(f"{self.root}/{name}")
-            example = ": ".join(filter(None, (", ".join(filter(None, (name, unfit.place))), remedy)))
-            parts.append(f"{self.counts[reason]} {reason} ({example})")
+        parts = [f"{self.counts[reason]} {reason} ({self.example(reason)})" for reason in sorted(self.examples)]
         return "skipped: " + ("; ".join(parts) or "nothing")
 
 
@@ -122,6 +132,9 @@ def list_files(root: Path, skipped: Skipped, without: Collection[str | Path] = (
         if written and prefix:
             skipped.add(Unfit(WRITTEN), prefix)
             continue
+        if prefix and any(is_our_shard(entry.path) for entry in entries if kind_of(entry) == "file"):
+            skipped.add(SHARDED, prefix)
+            continue
         for entry in entries:
             name, linked, kind = prefix + entry.name, entry.is_symlink(), kind_of(entry)
             if entry.name.startswith("."):
@@ -175,32 +188,38 @@ def user_source(data: str, without: Collection[Path] = (), field: str = "text", 
     """A file of text or JSON lines, or all of them below a folder. Raises UserError: none there, with the way to
     convert a single file."""
     path = Path(os.path.realpath(os.path.expanduser(data)))
+    if not os.path.exists(path) and glob.has_magic(data):
+        raise UserError(f"--{option}={data}: this glob finds no token shards, files *_train_*.bin and *_val_*.bin, and "
+                        "others it is not for: give the path of a text file or of a folder of them")  # fmt: skip
     if not os.path.isfile(path) and not os.path.isdir(path):
         raise UserError(f"--{option}={data}: no such file or folder; give the path of a text file or of a folder of "
                         "them")  # fmt: skip
     root = path if path.is_dir() else path.parent
-    source = Source(re.sub(r"[^\w.-]", "_", path.name)[:40] or "data", str(path), root, [], Skipped(root), field)
+    source = Source(re.sub(r"[^\w.-]", "_", path.name)[:40] or "data", visible(str(path)), root, [], Skipped(root),
+                    field)  # fmt: skip
     names = list_files(path, source.skipped, without) if path.is_dir() else [path.name]
     source = scan(source, names)
     for _, unfit in source.skipped.examples.values() if path.is_file() else ():
         where = f" ({unfit.place})" if unfit.place else ""
         remedy = unfit.remedy(str(path)) or "give UTF-8 text"
-        raise UserError(f"--{option}={data}: not text but {unfit.reason}{where}: {remedy}")
+        raise UserError(f"--{option}={visible(data)}: not text but {unfit.reason}{where}: {remedy}")
     if sum(file.chars for file in source.files) < 2:  # one for each side
-        raise UserError(f"--{option}={data}: no text in it ({source.skipped}); give UTF-8 text of two characters or "
-                        "more")  # fmt: skip
+        raise UserError(f"--{option}={visible(data)}: no text in it ({source.skipped}); give UTF-8 text of two "
+                        "characters or more")  # fmt: skip
     return source
 
 
 def source_warnings(source: Source) -> list[str]:
     """What the user must not miss of a scan."""
     found = [source.skipped.warning(len(source.files))]
+    if SHARD.reason in source.skipped.counts:
+        found.append(f"token shards are not read beside texts ({source.skipped.example(SHARD.reason)})")
     alike = [file for file in source.files if file.like]
     if alike:
-        name, like = alike[0].name, alike[0].like
+        name, like = visible(alike[0].name), alike[0].like
+        remedy = (like._replace(advice="") if like.command else like).remedy(f"{source.root}/{alike[0].name}")
         found.append(f"{len(alike)} files are read as texts, as their names say, but look like something else, such as "
-                     f"{name}, a {like.reason}; if it is one, convert it: "
-                     f"{like._replace(advice='').remedy(f'{source.root}/{name}')}")  # fmt: skip
+                     f"{name}, a {like.reason}; if it is one, convert it: {remedy}")
     return [*filter(None, found)]
 
 

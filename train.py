@@ -400,6 +400,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
     batches = Prefetch(partial(step_batches, corpus.train, config, run, rows), machine.device)
     batches(0)  # too short a text is refused before anything is written
+    next(eval_batches(corpus.val, 1, config.block_size, max_windows=1))  # and too short a side to evaluate on
 
     # ---- model, optimiser, resume
     torch.manual_seed(run.seed)

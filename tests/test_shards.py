@@ -16,6 +16,7 @@ import tiktoken
 import torch
 
 import data
+import formats
 import sample
 import shards
 import train
@@ -167,6 +168,52 @@ def test_shards_without_a_window_are_a_warning():
     assert "2 of 4 training shards have fewer than block_size + 1 = 11 ids" in data.short_shards(tokens, 10)
 
 
+def test_shards_that_are_not_found_are_known_by_their_content(folder, tmp_path):
+    assert {magic for magic, _ in shards.FORMATS} == {
+        int.from_bytes(head, "little") for head, unfit in formats.FORMATS.items() if unfit is formats.SHARD}
+    (tmp_path / "deep").mkdir()
+    for side in ("train", "val"):
+        write_side(tmp_path / f"deep/{side}", "part", (9, 9))
+    remedy = "token shard .*name the shards .*_train_.*_val_.*in one folder"
+    for path in (tmp_path / "deep", tmp_path / "deep/train", tmp_path / "deep/val/corpus_part_000000.bin"):
+        with pytest.raises(UserError, match=remedy.replace(" .*", ".*", 1)):
+            data.prepare(str(path), "auto", str(tmp_path / "cache"))
+        with pytest.raises(UserError, match=r"no token shards there.*\*_train_\*.bin and \*_val_\*.bin"):
+            prepare(path)
+    (tmp_path / "deep/readme.txt").write_text("text\n" * 9)
+    (tmp_path / "deep/b.txt").write_text("text b\n" * 9)
+    warnings = data.prepare(str(tmp_path / "deep"), "bytes", str(tmp_path / "cache")).warnings
+    assert any("token shards are not read beside texts" in warning for warning in warnings)
+    with pytest.raises(UserError, match="this glob finds no token shards, files .*_train_"):
+        data.prepare(str(tmp_path / "no*.bin"), "auto", str(tmp_path / "cache"))
+
+
+def test_a_folder_of_our_own_shards_is_no_part_of_a_text(tmp_path):
+    write_text(tmp_path)
+    for side in ("train", "val"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        shards.write_shards(tmp_path / "out", side, np.arange(9), 300)
+    corpus = data.prepare(str(tmp_path), "bytes", str(tmp_path / "cache"))
+    assert "1 with shards of `data.py shard` in it (out/: give" in corpus.description and corpus.warnings == ()
+
+
+def test_a_copy_of_a_training_shard_that_validates_is_a_warning(folder):
+    assert prepare(folder).warnings == ()
+    (folder / "copy_val_1.bin").write_bytes((folder / "corpus_train_000002.bin").read_bytes())
+    (warning,) = prepare(folder).warnings
+    assert "copy_val_1.bin looks like a copy of a training shard: give other shards with --val_data" in warning
+
+
+def test_a_side_without_a_target_is_refused_before_the_runs_folder_is_touched(tmp_path):
+    write_side(tmp_path / "shards", "train", (50,))
+    write_side(tmp_path / "shards", "val", (1, 1), first=3)
+    out = tmp_path / "run"
+    keys = {"data": tmp_path / "shards", "tokenizer": "none", "vocab_size": 5000}
+    with pytest.raises(UserError, match="2 validation tokens in 2 pieces.*too few to evaluate on: .*--val_data=PATH$"):
+        train.main(test_train.options(tmp_path, "run", block_size=8, **keys))
+    assert not [path.name for path in out.rglob("*") if path.name != ".lock"]
+
+
 def test_texts_that_are_no_shards_and_text_shards_that_validate_a_text(folder, tmp_path):
     with pytest.raises(UserError, match="--val_data=.*: no text in it .skipped: 6 "):
         data.prepare(write_text(tmp_path), "bytes", str(tmp_path / "cache"), val_data=str(folder))
@@ -270,7 +317,7 @@ def test_too_short_shards_are_an_error(folder):
     for draw in (data.get_batch, data.epoch_batch):
         with pytest.raises(UserError, match="needs 201 tokens, the longest training shard has 200: .*--block_size"):
             draw(corpus.train, 2, 200, 0, 0)
-    with pytest.raises(UserError, match="2 validation tokens are too few"):
+    with pytest.raises(UserError, match="2 validation tokens in 2 pieces, .* too few"):
         next(data.eval_batches(in_order((1, 1)), 2, 8))
 
 
@@ -394,6 +441,7 @@ def test_fingerprint_sees_names_sizes_and_every_byte_of_small_shards(folder, tmp
     ("a_train_1.bin", shard_bytes(range(9))[:700], "cut or damaged, 700 bytes"),
     ("a_train_1.bin", shard_bytes(range(9), code="I"), "cut or damaged, 1060 bytes"),
     ("a_train_1.bin", shard_bytes(range(9)) + b"\0\0", "cut or damaged, 1044 bytes"),
+    ("a_train_1.bin", shard_bytes(range(9))[:8], "cut or damaged, 8 bytes"),
     ("a_train_1.bin", b"", "empty file; copy or download it again"),
     ("a_train_1.bin", shard_bytes([]), "its header tells of 0 ids"),
     ("a_train_1.bin", shard_bytes(range(9), version=3), "version 3 .*magic 20240520; this program reads 20240520 vers"),
@@ -607,6 +655,44 @@ def test_a_tokenizer_is_trained_on_the_training_side_alone(tmp_path, text_folder
     assert data.get_tokenizer(str(out)).encode_ordinary("th") == [256]
     said = capsys.readouterr().out
     assert "257 ranks" in said and "NOT that of the shipped ranks" in said and "--vocab_size=258" in said
+
+
+def test_train_tokenizer_overwrites_nothing_and_says_what_to_type(tmp_path, text_folder, monkeypatch, capsys):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "rustbpe", types.SimpleNamespace(Tokenizer=Trainer))
+    out = tmp_path / "new/folder/ranks"
+    given = options(tmp_path, text_folder)
+    data.main(["train_tokenizer", str(out), *given, "--vocab_size=300"])
+    said = capsys.readouterr().out
+    assert "WARNING: 257 ranks came, not the 299 of --vocab_size=300: " in said
+    assert f"train.py --data={text_folder} --tokenizer={out} --vocab_size=258" in said
+    content = out.read_bytes()
+    data.main(["train_tokenizer", str(out.with_name("exact")), *given, "--vocab_size=258", "--val_fraction=0.2"])
+    said = capsys.readouterr().out
+    assert "WARNING" not in said and "--val_fraction=0.2 --tokenizer" in said
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    monkeypatch.setattr(data, "command_texts", None)  # before the text is read
+    for path in (out, tmp_path / "link", text_folder):
+        with pytest.raises(UserError, match=f"^{path} exists already: name a new file$"):
+            data.main(["train_tokenizer", str(path), *given])
+    assert out.read_bytes() == content
+
+
+def test_train_tokenizer_needs_a_folder_before_it_trains(tmp_path, text_folder, monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "rustbpe", types.SimpleNamespace(Tokenizer=None))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file.*OUT writable"):
+        data.main(["train_tokenizer", str(tmp_path / "file/out"), *options(tmp_path, text_folder)])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="texts is not writable: name a file in another folder"):
+        data.main(["train_tokenizer", str(text_folder / "out"), *options(tmp_path, text_folder)])
+
+
+def test_help_has_one_usage(capsys):
+    with pytest.raises(SystemExit):
+        data.main(["--help"])
+    assert capsys.readouterr().out.count("usage:") == 1
 
 
 def test_bench_compares_ours_with_one_call(tmp_path, text_folder, capsys):

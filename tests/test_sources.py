@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 import tarfile
@@ -234,7 +235,20 @@ KINDS = {  # content, what is found, command
     "cut sign": ("plain 數".encode()[:-1], "UTF-8 with damage (byte 0xe6 at offset 6, ", "iconv -c -f UTF-8 "),
     "latin table": ("id,text\n1,né\n2,b\n".encode("latin-1"), "Latin-1 (byte 0xe9 at offset 11)", "iconv -f ISO"),
     "latin lines": ('{"text": "né"}\n'.encode("latin-1"), "Latin-1 (byte 0xe9 at offset 11)", "iconv -f ISO"),
-    "binary": (bytes(range(1, 32)) * 9 + b"\xff", "binary (byte 0xff at offset 279)", "give UTF-8 text"),
+    "binary": (b"a" * 95 + b"\1\2\xff", "binary (byte 0xff at offset 97)", "give UTF-8 text"),
+    "controls": (bytes(range(1, 32)) * 9, "binary (216 control characters in the first 279 bytes)", "give UTF-8 text"),
+    "utf-16 russian": ("Привет, мир".encode("utf-16-le"), "UTF-16LE (without a byte", "iconv -f UTF-16LE "),
+    "utf-16 be greek": ("Καλημέρα κόσμε\n".encode("utf-16-be"), "UTF-16BE (without a byte", "iconv -f UTF-16BE "),
+    "utf-16 chinese": ("一个人在等待着黎明到来，世界上最远".encode("utf-16-le"), "UTF-16LE", "iconv -f UTF-16LE "),
+    "utf-16 korean": ("안녕하세요 세계 가나다라".encode("utf-16-be"), "UTF-16BE", "iconv -f UTF-16BE "),
+    "utf-16 hindi": ("नमस्ते दुनिया, यह पाठ है\n".encode("utf-16-le"), "UTF-16LE", "iconv -f UTF-16LE "),
+    "utf-32 no mark": (LATIN.encode("utf-32-le"), "UTF-32LE (without", "iconv -f UTF-32LE "),
+    "utf-32 be russian": ("Привет, мир".encode("utf-32-be"), "UTF-32BE (without", "iconv -f UTF-32BE "),
+    "ids": (struct.pack("<400H", *[i * i % 50257 for i in range(400)]), "binary (a zero byte", "give UTF-8 text"),
+    "wide ids": (struct.pack("<400i", *[i * i % 50257 for i in range(400)]), "binary (a zero byte", "give UTF-8 text"),
+    "text with zeros": (b"some text\0\0\1 and more\0", "binary (a zero byte", "give UTF-8 text"),
+    "shard": (struct.pack("<256i", 20240520, 1, 0, *[0] * 253), "token shard", "name the shards *_train_*.bin and"),
+    "llama shard": (struct.pack("<256i", 20240801, 7, 0, *[0] * 253), "token shard", "name the shards *_train_*.bin"),
     "zeros": (b"text \0 text", "binary (a zero byte at offset 5)", "give UTF-8 text"),
     "empty": (b"", "empty", "give UTF-8 text"), "only a mark": (b"\xef\xbb\xbf", "empty", "give UTF-8 text"),
     "token file": (b"HYDRATOK{}", "token file", "give the text that it was made from"),
@@ -302,7 +316,6 @@ def test_the_commands_make_text_of_it_and_can_be_pasted_as_they_stand(name, kind
 
 
 @pytest.mark.parametrize(("name", "text"), [
-    ("prose.csv", "It was a dark, stormy night,\nand nobody, not one, was out.\nThe end"), ("one.csv", "text\na\nb\n"),
     ("commas.txt", "one, two\nthree, four\nfive, six\n"), ("a.js", "{\n  const a = [1,2];\n}\n"),
     ("a.py", "[\n    1,\n    2,\n]\n"), ("Makefile", "all:\n\tcc a.c\n\tcc b.c\n"), ("a.ini", "[a]\nb=1,2\n[c]\nd=3,4"),
     ("table.h", "{ 1,\t2,\t3 },\n{ 4,\t5,\t6 },\n{ 7,\t8,\t9 },\n"),
@@ -331,6 +344,99 @@ def test_a_texts_suffix_makes_a_table_a_text_and_says_so(name, kind, tmp_path):
     path.rename(tmp_path / "table.dat")  # and the message names that way
     with pytest.raises(UserError, match="jupyter" if kind == "notebook" else "if it is a text as it stands, rename"):
         prepare(tmp_path / "table.dat", tmp_path)
+
+
+def converted(path, error, monkeypatch):
+    """What the command of an error makes of a file, in its folder."""
+    command = re.search(r": (python -c .*)", str(error))[1].replace("python", sys.executable, 1)
+    before = {*path.parent.iterdir()}
+    done = subprocess.run(command, shell=True, cwd=path.parent, capture_output=True, executable="/bin/bash")
+    assert done.returncode == 0, done.stderr
+    (made,) = {*path.parent.iterdir()} - before
+    return made
+
+
+@pytest.mark.parametrize(("name", "text", "column", "expected"), [
+    ("pandas.csv", ",text\n0,a\n1,b\n", "text", "ab"), ("one.csv", "text\na\nb\n", "text", "ab"),
+    ("spaces.csv", 'id, text\n1, "a, b"\n2, c\n', "text", "a, bc"),
+    ("ragged.csv", "id,text\n1,a,x\n2,b\n", "text", "ab"),
+    ("bars.csv", "id|text\n1|a\n2|b\n", "text", "ab"), ("bars.CSV", "text| more\na|1\nb|2\n", "text", "ab"),
+    ("empty.tsv", "\ttext\n0\ta\n1\tb\n", "text", "ab"), ("one.tsv", "text\na\nb\n", "text", "ab"),
+    ("quotes.tsv", 'id\ttext\n1\t"a said he\n2\tb"c\n', "text", '"a said heb"c'),
+    ("quotes.dat", 'id\ttext\n1\t"a said he\n2\tb"c\n', "text", '"a said heb"c'),
+    ("prose.csv", "It was a dark, stormy night,\nand nobody, not one, was out.", "It was a dark", "and nobody"),
+])
+def test_a_table_by_its_suffix_is_no_text_however_its_rows_are(name, text, column, expected, tmp_path, monkeypatch):
+    text = text if name != "prose.csv" else text * 2
+    path = Path(write_folder(tmp_path / "in", {name: text})) / name
+    with pytest.raises(UserError, match="not text but (CSV|TSV) table .columns .*rename it to .txt, else") as caught:
+        prepare(path, tmp_path)
+    made = converted(path, caught.value, monkeypatch)
+    records = [json.loads(line) for line in made.read_text().splitlines()]
+    assert "".join(record[column] for record in records).startswith(expected)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonlines", "a.ndjson", "a.jsonl", "a", "a.json.gz"])
+@pytest.mark.parametrize("length", [1, 300])
+def test_json_lines_of_another_field_name_their_fields_under_any_name(name, length, tmp_path, monkeypatch):
+    """Also where the first line is longer than the first chunk."""
+    set_chunk(monkeypatch, 100)
+    raw = jsonl(["x" * length + "\n", "y", "z"], "body").encode()
+    write_folder(tmp_path, {name: gzip.compress(raw) if name.endswith("gz") else raw})
+    with pytest.raises(UserError, match="JSON lines without a text in 'text' .line 1 has 'id', 'body'.*--text_field"):
+        prepare(tmp_path / name, tmp_path)
+    assert "".join(sum(both(prepare(tmp_path / name, tmp_path, text_field="body")), [])) == "x" * length + "\nyz"
+
+
+def test_json_lines_whose_first_lines_are_broken_and_long_numbers(tmp_path):
+    lines = '\n# a note\nbroken\n{"text": "a"}\n'
+    write_folder(tmp_path, {"a.jsonl": lines, "b.jsonl": '{"n": %s, "text": "ab"}\n' % ("7" * 9000)})
+    with pytest.raises(UserError, match="JSON lines with a bad line .line 2 is no JSON object"):
+        prepare(tmp_path / "a.jsonl", tmp_path)
+    assert "".join(sum(both(prepare(tmp_path / "b.jsonl", tmp_path)), [])) == "ab"
+
+
+@pytest.mark.parametrize("text", ['{\n "text": "a}"\n}\n{\n "text": "{b"\n}\n',
+                                  '{"text": "a}",\n "b": []}\n {"text": "{b"}'])
+def test_values_of_json_behind_each_other_are_converted(text, tmp_path, monkeypatch):
+    path = Path(write_folder(tmp_path / "in", {"a.json": text})) / "a.json"
+    with pytest.raises(UserError, match="JSON that is not lines") as caught:
+        prepare(path, tmp_path)
+    made = converted(path, caught.value, monkeypatch)
+    assert [json.loads(line)["text"] for line in made.read_text().splitlines()] == ["a}", "{b"]
+    path.write_text(text + "{")
+    made.unlink()
+    with pytest.raises(AssertionError, match="JSONDecodeError"):
+        converted(path, caught.value, monkeypatch)
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize(("record", "field"), [
+    ({"id": 1, "data": {"text": "ab"}}, "data.text"), ({"id": 1, "data": {"text": "ab"}}, "data"),
+    ({"data": {"deep": {"body": "ab"}}}, "data.deep.body"), ({"data": {"text": "ab"}}, "text"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "b", "content": "b"}]}, "messages"),
+    ({"id": 1, "messages": [{"role": "user", "content": "a"}, {"role": "b", "content": "b"}]}, "text"),
+])
+def test_nested_json_lines_are_converted(record, field, tmp_path, monkeypatch):
+    path = Path(write_folder(tmp_path / "in", {"a.jsonl": (json.dumps(record) + "\n") * 3})) / "a.jsonl"
+    with pytest.raises(UserError, match="the field must be a string at the top level: .*--text_field") as caught:
+        prepare(path, tmp_path, text_field=field)
+    made = converted(path, caught.value, monkeypatch)
+    texts = sum(both(prepare(made, tmp_path)), [])
+    assert "".join(texts).replace("\n", "") == "ababab"
+
+
+@pytest.mark.parametrize("name", ["{path}{out}.csv", "{name};$(touch x).csv", "new\nline 'and\\ \ttab é.csv"])
+def test_names_of_files_stay_words_of_a_command_in_one_line(name, tmp_path, monkeypatch):
+    path = Path(write_folder(tmp_path / "in", {name: csv_of()})) / name
+    with pytest.raises(UserError) as caught:
+        prepare(path, tmp_path)
+    made = converted(path, caught.value, monkeypatch)
+    assert made.name == path.stem + ".text.jsonl" and len(made.read_text().splitlines()) == 3
+    made.unlink()
+    write_folder(tmp_path / "in", {"a\nb.txt": "good\n"})
+    corpus = prepare(tmp_path / "in", tmp_path)
+    assert str(caught.value).isprintable() and corpus.description.isprintable()
 
 
 @pytest.mark.parametrize("size", [3, 4, 50, 1000])
@@ -401,6 +507,7 @@ def test_a_folder_of_which_more_than_half_was_skipped_says_so_loudly(tmp_path):
     assert prepare(root, tmp_path).warnings == ()
     write_folder(tmp_path / "in", {"five.latin": "né".encode("latin-1")})
     (warning,) = prepare(root, tmp_path).warnings
+    assert "hidden" not in warning  # the whole list is in the line of the corpus
     assert "5 of 9 files were skipped" in warning and "5 Latin-1 (0.latin, byte 0xe9 at offset 1: iconv" in warning
 
 

@@ -1247,9 +1247,11 @@ def test_resume_refuses_another_model_and_a_changed_text(tmp_path):
     args = options(tmp_path, "run", max_iters=2, data=text)
     train.main(args)
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    for key, was in (("dim=64", "32"), ("tokenizer=python4096", "'bytes'")):
-        with pytest.raises(UserError, match=f"the run in .* has {was}, which --resume cannot change"):
+    for key, was in (("dim=64", "32"), ("tokenizer=python4096", "'bytes'"), ("block_size=24", "16")):
+        with pytest.raises(UserError, match=f"the run in .* has {was}, which --resume cannot change") as caught:
             train.main([*args, "--resume", f"--{key}"])
+        way = f"another run with --out_dir=PATH --init_from={tmp_path / 'run'}, from its weights"
+        assert (way in str(caught.value)) == key.startswith("block")
     with pytest.raises(UserError, match="max_iters=1: the run in .* is at step 2"):
         train.main([*args, "--resume", "--max_iters=1"])
     text.write_text("other text\n" * 200)
