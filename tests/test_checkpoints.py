@@ -245,6 +245,10 @@ def spoil(value: float, *keys: object):
     return lambda content: first(content, *keys).view(-1)[:1].fill_(value)
 
 
+def states(content: dict) -> list[dict]:
+    return list(content["optimizer"]["state"].values())
+
+
 GONE = [*checkpoints.PARTS, "model", "optimizer", "skipped", "streak", "clipped", "counted"]
 WEIGHT, STATE = "blocks.0.attn.qkv.weight", ("optimizer", "state", 0)
 CHANGES = {
@@ -254,6 +258,19 @@ CHANGES = {
     **{f"{name} is a fraction": put(1.5, name) for name in ("step", "skipped", "streak", "clipped", "counted")},
     "step is a truth": put(True, "step"),
     "step is a tensor": put(torch.tensor(4), "step"),
+    "windows are a text": put("8", "eval_windows"),
+    "windows are negative": put(-1, "eval_windows"),
+    "windows are a fraction": put(3.5, "eval_windows"),
+    "windows are none": put(None, "eval_windows"),
+    "windows are a table": put({}, "eval_windows"),
+    "windows are more than could be": put(10**15, "eval_windows"),
+    "windows are all, not those of a batch": put(0, "eval_windows"),
+    "a launch of another kind": put(3, "launch"),
+    "more skipped than steps": put(5, "skipped"),
+    "more counted than steps": put(10**12, "counted"),
+    "more losses than steps": put([1e9, 1.0, 1.0], "running"),
+    "a step before the moments'": lambda content: content.update(step=3, clipped=0, counted=0),
+    "best is zero": put(0.0, "best"),
     "best is nan": put(math.nan, "best"),
     "best is negative": put(-1.0, "best"),
     "best is a count": put(3, "best"),
@@ -293,11 +310,18 @@ CHANGES = {
     "a moment that is nan": lambda content: content["optimizer"]["state"][2]["exp_avg"].view(-1)[-1:].fill_(math.nan),
     "a square that is negative": lambda content: content["optimizer"]["state"][2]["exp_avg_sq"].view(-1)[:1].fill_(-1),
     "a step that is no number": lambda content: content["optimizer"]["state"][2]["step"].fill_(math.nan),
+    "a step that is a fraction": lambda content: [state["step"].fill_(1.5) for state in states(content)],
+    "a step that is negative": lambda content: [state["step"].fill_(-1) for state in states(content)],
+    "a step beyond the checkpoint's": lambda content: [state["step"].fill_(20) for state in states(content)],
+    "steps that differ": lambda content: states(content)[1]["step"].fill_(3),
+    "an optimiser that is a tensor": put(torch.zeros(3), "optimizer"),
     "a step of two": put(torch.zeros(2), *STATE, "step"),
     "an option of another type": put("32", "model_config", "dim"),
     "an option that is a tensor": put(torch.zeros(2, 2), "train_config", "max_iters"),
     "an option that is not finite": put(math.inf, "train_config", "learning_rate"),
     "an option that cannot be": put(-3, "model_config", "dim"),
+    "layers that cannot be": put(-1, "model_config", "n_layer"),
+    "a batch that cannot be": put(0, "train_config", "batch_size"),
     "a shape that is another": put(64, "model_config", "dim"),
     "shards of no name": lambda content: content.update(shards="../../etc"),
     "shards that are not there": lambda content: content.update(shards="shards-9"),
@@ -325,7 +349,7 @@ def test_a_checkpoint_that_is_not_whole_is_one_line_and_changes_nothing(out, mon
         printed, err = capsys.readouterr()
         assert ended.value.code == 2 and printed == "", (name, err)
         assert err.count("\n") == 1 and err.startswith("error: "), (name, err)
-        assert str(out) in err, (name, err)
+        assert str(out / "last.pt") in err, (name, err)
         assert bytes_of(out) == before, name
     (out / "last.pt").write_bytes(good)
     with pytest.raises(SystemExit) as ended:
@@ -500,7 +524,7 @@ def test_a_folder_stands_for_its_last_checkpoint(out, capsys):
     assert checkpoint(out)["step"] == 5 and "going on from" not in capsys.readouterr().out
     with pytest.raises(UserError, match="~nobody-at-all/last.pt.: there is no such user"):
         train.main(["--resume=~nobody-at-all/last.pt"])
-    with pytest.raises(UserError, match="resume='': name a checkpoint, or leave the value out"):
+    with pytest.raises(UserError, match="--resume='' is an empty path: name one, or leave the option out"):
         train.main(["--resume=", *options(out.parent, "none")])
 
 

@@ -115,12 +115,14 @@ def test_a_switch_is_a_bool_or_a_text(toml):
     for argv, value in ((["--resume"], True), (["--resume=No"], False), (["--resume", "true"], True),
                         (["--resume=a/b.pt"], "a/b.pt"), (["--resume", "a/b.pt", "--dim=2"], "a/b.pt"),
                         (["--resume", "--dim=2"], True), (["--resume", toml("dim = 2")], True),
-                        ([toml("resume = true", "b.toml")], True), (["--resume="], ""),
+                        ([toml("resume = true", "b.toml")], True),
                         ([toml('resume = "true"', "c.toml")], "true")):  # fmt: skip
         given = parse(argv, Switch)
         assert same(given["resume"], value), argv
         (built,) = build(given, Switch)
         assert build(parse([toml(to_toml(built), "d.toml")], Switch), Switch) == (built,)
+    with pytest.raises(UserError, match="--resume='' is an empty path: name one, or leave the option out"):
+        parse(["--resume="], Switch)
     with pytest.raises(UserError, match="resume = 3 is not a bool or a path: give true, false or"):
         parse([toml("resume = 3")], Switch)
 
@@ -248,7 +250,9 @@ def test_a_leading_tilde_is_the_home_folder(argv, toml, monkeypatch):
     ("~nobody-at-all/x", ["'~nobody-at-all/x'", "no such user", "write './~nobody-at-all/x'"]),
     ("a" * 300, ["File name too long: give another path"]),
     ("a/" * 3000, ["File name too long: give another path"]),
-    ("a\0b", ["'a\\x00b'", "null byte: give another path"]),
+    ("a\0b", ["'a\\x00b'", "a character that cannot be shown: give another path"]),
+    ("a\tb", ["'a\\tb'", "a character that cannot be shown"]), ("a\nb", ["'a\\nb'", "cannot be shown"]),
+    ("a\x1b[31m", ["cannot be shown"]), ("a\u2028b", ["cannot be shown"]), ("\x7f", ["cannot be shown"]),
     ("loop/x", ["'loop/x'", "Too many levels of symbolic links"]),
     ("\udcff", ["a path: give UTF-8 text"]),
 ])

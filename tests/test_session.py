@@ -608,11 +608,11 @@ def test_setting_aside_may_be_interrupted_anywhere(tmp_path, monkeypatch, links,
         assert here == OLD or aside == OLD, (number, calls)
         if "last.pt" in here:
             assert here == OLD
-            runs.check_resumable(out)
+            runs.check_resumable(out, out / "last.pt")
         else:
             command = re.escape(f"--resume --out_dir={out / 'run-2'}")
             with pytest.raises(UserError, match=f"last.pt does not exist.* was set aside: go on with it by {command}$"):
-                runs.check_resumable(out)
+                runs.check_resumable(out, out / "last.pt")
         seen.add((here == OLD, aside == OLD))
         left = runs.run_files(out)
         said = runs.set_aside(out)
@@ -672,7 +672,7 @@ def test_the_command_that_a_resume_names_goes_on(tmp_path, capsys):
     assert train.main([*words, "--max_iters=2"]) == 0
     assert checkpoint(out / "run-1")["step"] == 2 and os.listdir(out) == ["run-1"]
     (out / "best.pt").write_text("a new run's")
-    runs.check_resumable(out)
+    runs.check_resumable(out, out / "last.pt")
 
 
 # ---- the log
