@@ -162,6 +162,8 @@ def read_archive(path: Path, device: torch.device | str, option: str) -> object:
             check_sums(file)
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
+    except UserError:  # which is a ValueError too
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damaged(f"{path} does not exist: train first, or name the run's folder with --{option}=PATH") from error
     except OSError as error:
@@ -214,8 +216,7 @@ def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | s
             try:
                 stored[option.name] = typed(stored[option.name], types[option.name], "")
             except UserError as error:
-                raise Damaged(f"{path} is damaged or foreign, its option {option.name} has a value of another kind: "
-                              f"{mending(path)}") from error  # fmt: skip
+                raise Damaged(f"{path} is damaged, {option.name} is of another kind: {mending(path)}") from error
         try:
             build(stored, kind)
         except UserError as error:

@@ -9,7 +9,9 @@ import random
 import resource
 import shlex
 import shutil
+import signal
 import sys
+import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -349,12 +351,111 @@ def test_a_checkpoint_that_is_not_whole_is_one_line_and_changes_nothing(out, mon
         printed, err = capsys.readouterr()
         assert ended.value.code == 2 and printed == "", (name, err)
         assert err.count("\n") == 1 and err.startswith("error: "), (name, err)
-        assert str(out / "last.pt") in err, (name, err)
+        assert str(out) in err, (name, err)
         assert bytes_of(out) == before, name
     (out / "last.pt").write_bytes(good)
     with pytest.raises(SystemExit) as ended:
         cli(train.main)
     assert ended.value.code == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("change, words", [
+    (put("8", "eval_windows"), r"are missing or not it \(eval_windows\): restore it, or name another checkpoint"),
+    (put(-1, "eval_windows"), "eval_windows=-1 are not those of eval_iters=1 batches: restore or delete it; or go on"),
+    (put(5, "skipped"), r"skipped=5 and counted=\d are more than its steps: restore or delete it; or go on from"),
+    (put(-1, "model_config", "n_layer"), r"options that cannot be \(n_layer=-1: .*\): restore or delete it; or go on"),
+    (lambda content: states(content)[1]["step"].fill_(3), "its optimiser has seen 3, 4 updates, not up to 4: restore"),
+], ids=["kind", "sign", "counters", "option", "updates"])  # fmt: skip
+def test_what_cannot_be_is_named_and_another_one_that_can_is_offered(out, change, words):
+    """Step 3 is spoiled in the same way, so that step 2 is."""
+    for name in ("last", "step-3") if "updates" not in words else ("last",):
+        content = checkpoint(out, name)
+        change(content)
+        torch.save(content, out / f"{name}.pt")
+    before = bytes_of(out)
+    with pytest.raises(UserError, match=f"last.pt is .*{words}") as error:
+        train.main([f"--out_dir={out}", "--resume", "--max_iters=6"])
+    path = out / ("step-3.pt" if "updates" in words else "step-2.pt")
+    assert offered(error.value) == [f"--resume={path}"] and bytes_of(out) == before
+    (out / "last.pt").rename(out / "mine.pt")
+    with pytest.raises(UserError, match="mine.pt is ") as error:
+        train.main([f"--resume={out / 'mine.pt'}", "--max_iters=6"])
+    assert "delete" not in str(error.value)
+
+
+@pytest.mark.faults
+def test_a_file_that_is_no_run_s_is_never_to_be_deleted(tmp_path):
+    """And one that is missing is looked for where it was named."""
+    for name, content in (("notes.txt", b"mine"), ("config.toml", b"dim = 32"), ("mine.pt", b"PK")):
+        (tmp_path / name).write_bytes(content)
+        for option in ("resume", "init_from"):
+            with pytest.raises(UserError, match=f"{name} is no checkpoint.*: name the checkpoint of a run") as error:
+                train.main([f"--{option}={tmp_path / name}", f"--out_dir={tmp_path / 'new'}"])
+            assert "delete" not in str(error.value) and (tmp_path / name).read_bytes() == content
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "last.pt")  # whole, of another project
+    with pytest.raises(UserError, match="last.pt is no checkpoint.*parts are missing: restore it, or name") as error:
+        train.main([f"--resume={tmp_path}"])
+    assert "delete" not in str(error.value)
+    for path in (tmp_path / "none.pt", tmp_path / "notes.txt" / "last.pt"):
+        with pytest.raises(UserError, match=f"{path} does not exist: .* with --resume=PATH"):
+            train.main([f"--resume={path}"])
+
+
+@pytest.mark.faults
+def test_torch_s_warnings_do_not_stand_beside_the_error(out, monkeypatch):
+    """Of strange tensors, in reading them and in holding them against the model."""
+    load, check = torch.load, checkpoints.check_tensor
+
+    def warned(real):
+        def call(*args, **keys):
+            warnings.warn("deprecated", stacklevel=1)
+            return real(*args, **keys)
+
+        return call
+
+    monkeypatch.setattr(torch, "load", warned(load))
+    monkeypatch.setattr(checkpoints, "check_tensor", warned(check))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        strange = torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
+    for change in (put(strange, "model", WEIGHT), put(torch.zeros(3), "optimizer"), put(strange, *STATE, "exp_avg")):
+        content = load(out / "step-3.pt", weights_only=True)
+        change(content)
+        torch.save(content, out / "last.pt")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with pytest.raises(UserError, match="last.pt .*or go on from"):
+                train.main([f"--out_dir={out}", "--resume", "--max_iters=6"])
+        assert [str(warning.message) for warning in said] == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "step-2.pt", "log.jsonl", "config.toml"])
+@pytest.mark.parametrize("kind, words", [("pipe", "it is a pipe"), ("/dev/full", "it is a device"),
+                                         ("/dev/zero", "it is a device"), ("folder", "Is a directory")])  # fmt: skip
+def test_a_file_of_a_run_that_is_none_is_refused_unopened(out, name, kind, words):
+    """Nothing waits for a pipe, reads a device without an end, or has changed half of the files."""
+    (out / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(out / name)
+    elif kind == "folder":
+        (out / name).mkdir()
+    else:
+        (out / name).symlink_to(kind)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    calls = [(train.main, ["--resume", "--max_iters=6"])]
+    if name in ("last.pt", "best.pt"):
+        calls.append((sample.main, [f"--checkpoint={name[:4]}", "--max_new_tokens=2"]))
+        calls.append((train.main, ["--resume", "--plan"] if name == "last.pt" else [f"--resume={out / name}"]))
+    signal.alarm(30)  # a read that waits ends the test
+    try:
+        for call, args in calls:
+            with pytest.raises(UserError, match=rf"{name} cannot be read \({words}\): move it away"):
+                call([f"--out_dir={out}", *args])
+    finally:
+        signal.alarm(0)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.faults
