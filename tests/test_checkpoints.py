@@ -448,6 +448,8 @@ def test_a_file_of_a_run_that_is_none_is_refused_unopened(out, name, kind, words
     if name in ("last.pt", "best.pt"):
         calls.append((sample.main, [f"--checkpoint={name[:4]}", "--max_new_tokens=2"]))
         calls.append((train.main, ["--resume", "--plan"] if name == "last.pt" else [f"--resume={out / name}"]))
+    if kind == "folder" and name == "best.pt":
+        calls.pop()  # a folder stands for its last.pt
     signal.alarm(30)  # a read that waits ends the test
     try:
         for call, args in calls:

@@ -154,6 +154,8 @@ ERRORS = {
     "case": (["--DIM=1"], None, ["'DIM'", "did you mean dim?"]),
     "nothing near": (["--zzzz=1"], None, ["unknown key 'zzzz': --help lists every key"]),
     "newline in a key": (["--di\nm=1"], None, ["unknown key", "dim"]),
+    "a long dash": (["\u2014dim=3"], None, ["'\u2014dim=3' is no file: options have two dashes, write --dim=3"]),
+    "a short one": (["\u2013\u2013dim"], None, ["write --dim"]),
     "two dashes": (["--"], None, ["unknown key ''"]),
     "word for int": (["--dim=big"], None, ["--dim='big'", "int", "whole number"]),
     "exponent for int": (["--dim=1e3"], None, ["--dim='1e3'", "int"]),
@@ -282,6 +284,26 @@ def test_a_stored_path_need_not_be_usable_any_more():
 def test_an_error_is_one_line_whatever_is_in_it():
     text = str(UserError("a\nb\r\x1b[31m\u2028\x85\udcff 'é'\t"))
     assert text == "a\\nb\\r\\x1b[31m\\u2028\\x85\\udcff 'é'\\t" and text.isprintable()
+    shown = "a\xa0b\u3000c\u202fé 字"  # spaces that a path may have, and that a command with it must keep
+    assert str(UserError(shown)) == shown
+    assert str(UserError("\ue000\u0378\u2029\0")) == "\\ue000\\u0378\\u2029\\x00"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("argv", [["--folder=a\tb"], ["--folder", "a\tb"], ["a.toml"], ["--folder=~/x"]])
+def test_a_path_that_no_line_can_show_is_refused_wherever_it_comes_from(argv, toml, monkeypatch):
+    toml('folder = "a\\tb"')
+    monkeypatch.setenv("HOME", "/home/a\tb")
+    with pytest.raises(UserError, match="folder ?= ?.*it has a character that cannot be shown: give another path"):
+        parse(argv, Places)
+    assert parse(["--folder=a\xa0b"], Places) == {"folder": "a\xa0b"}
+
+
+@pytest.mark.faults
+def test_a_pipe_is_no_file_of_options(toml):
+    os.mkfifo("pipe.toml")
+    with pytest.raises(UserError, match="'pipe.toml' is no regular file: give a .toml file or --key=value"):
+        parse(["pipe.toml"], Places)
 
 
 def test_a_command_is_quoted_for_the_shell(tmp_path, monkeypatch):
