@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from accounting import skeleton
 from configurator import UserError, build, key_types, typed
-from files import Damaged, saved_file
+from files import Damaged, check_regular, saved_file
 from model import HydraConfig
 from parallel import (
     ALONE,
@@ -46,12 +47,14 @@ from parallel import (
 )
 
 PARTS = {"model_config": dict, "train_config": dict, "fingerprint": str, "tokenizer": str, "step": int, "best": float}
+OPTIONAL = {"launch": str, "eval_windows": int, "optimizer": dict}
 # what --init_from may change: the weights are for every value of it
 FREE = ("block_size", "window", "rope_theta", "rope_fraction", "norm_eps", "qk_gain", "ccqa_norm", "value_shift",
         "doc_mask", "attn_backend")  # fmt: skip
 YOUNGER = ("running", "seconds")  # counters that older checkpoints lack
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter
 CHUNK = 1 << 22  # bytes that are read at once
+MOST_ROWS = 1 << 24  # sequences of a batch, of which an evaluation is made
 FOLDER = 0x10  # the attribute of an archive's entry for which torch's reader gives memory that nothing was read into
 # what reading a foreign file can raise
 BROKEN = (EOFError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError,
@@ -81,15 +84,21 @@ class Progress:
                 raise UserError(f"{name} is no count of steps")
         if type(progress.seconds) is not float or not 0 <= progress.seconds < math.inf:
             raise UserError("seconds is no time")
-        if type(progress.best) is not float or not progress.best >= 0:
+        if type(progress.best) is not float or not progress.best > 0:
             raise UserError("best is no loss")
         if progress.streak > progress.skipped or progress.clipped > progress.counted:
             raise UserError("a part of its steps is more than all of them")
+        if progress.skipped + progress.counted > progress.step:
+            raise UserError(f"skipped={progress.skipped} and counted={progress.counted} are more than its steps")
         numbers = progress.running
         if type(numbers) is not list or [type(number) for number in numbers] != [float] * 3:
             raise UserError("running is no three numbers")
-        if not all(map(math.isfinite, numbers)) or numbers[0] < 0 or numbers[2] < 0:
+        if not all(map(math.isfinite, numbers)) or not 0 <= numbers[0] <= progress.step or numbers[2] < 0:
             raise UserError("running has a number that cannot be")
+        batches = checkpoint["train_config"].get("eval_iters", 0)
+        windows = checkpoint.get("eval_windows", batches)
+        if not batches <= windows <= batches * MOST_ROWS or windows % max(1, batches):
+            raise UserError(f"eval_windows={windows} are not those of eval_iters={batches} batches")
         return progress
 
 
@@ -104,6 +113,21 @@ class Source(NamedTuple):
 
 
 # ---- reading
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Around what reads a foreign file: without what torch has to say of strange tensors beside the error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def mending(path: Path) -> str:
+    """What to do about a damaged checkpoint: under the name of a run's own one it may be deleted."""
+    if path.name in ("last.pt", "best.pt") or step_of(path) >= 0:
+        return "restore or delete it"
+    return "name the checkpoint of a run instead, such as out/last.pt"
+
 
 def check_sums(file: BinaryIO) -> None:
     """ValueError where a record's bytes, at the place where torch reads them, have another sum than the archive's
@@ -133,11 +157,14 @@ def check_sums(file: BinaryIO) -> None:
 def read_archive(path: Path, device: torch.device | str, option: str) -> object:
     """What torch.save wrote, its sums checked first. Damaged, or UserError where the system cannot read it."""
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             check_sums(file)
             file.seek(0)
             return torch.load(file, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
+    except UserError:  # which is a ValueError too
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Damaged(f"{path} does not exist: train first, or name the run's folder with --{option}=PATH") from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # which is a place before the file's begin, from a directory that is damaged
@@ -152,7 +179,7 @@ def read_archive(path: Path, device: torch.device | str, option: str) -> object:
 
 def foreign(path: Path, error: Exception) -> Damaged:
     reason = f"it is damaged or foreign ({type(error).__name__})"
-    return Damaged(f"{path} is no checkpoint of this project, {reason}: restore or delete it")
+    return Damaged(f"{path} is no checkpoint of this project, {reason}: {mending(path)}")
 
 
 def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | str = "cpu",
@@ -160,17 +187,19 @@ def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | s
     """(a checkpoint, what was missing in it). Its parts `kinds` are dictionaries of the fields of those dataclasses.
     Damaged if it is missing (`option` names it), damaged or foreign; UserError if it cannot be read, or has a field
     that its dataclass lacks."""
-    checkpoint = read_archive(path, device, option)
+    with unwarned():
+        checkpoint = read_archive(path, device, option)
+    instead = "restore it, or name another checkpoint"  # it is whole, and may be of another project
     if not isinstance(checkpoint, dict) or not set(PARTS) <= checkpoint.keys():
-        raise Damaged(f"{path} is no checkpoint of this project, parts are missing: restore or delete it")
+        raise Damaged(f"{path} is no checkpoint of this project, parts are missing: {instead}")
     wholes = PARTS | ({"shards": str} if "shards" in checkpoint else {"model": dict})
+    wholes |= {part: kind for part, kind in OPTIONAL.items() if part in checkpoint}
     for part, kind in wholes.items():
         value = checkpoint.get(part)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise Damaged(f"{path} is no checkpoint of this project, parts are missing or of another kind ({part}): "
-                          "restore or delete it")  # fmt: skip
+            raise Damaged(f"{path} is no checkpoint of this project, parts are missing or not it ({part}): {instead}")
     if type(checkpoint["train_config"].get("tokenizer")) is not str:
-        raise Damaged(f"{path} is no checkpoint of this project, it names no tokenizer: restore or delete it")
+        raise Damaged(f"{path} is no checkpoint of this project, it names no tokenizer: {instead}")
     notes = []
     if "shards" in checkpoint:
         notes += check_shards(path, checkpoint)
@@ -187,8 +216,11 @@ def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | s
             try:
                 stored[option.name] = typed(stored[option.name], types[option.name], "")
             except UserError as error:
-                raise Damaged(f"{path} is damaged or foreign, its option {option.name} has a value of another kind: "
-                              "restore or delete it") from error  # fmt: skip
+                raise Damaged(f"{path} is damaged, {option.name} is of another kind: {mending(path)}") from error
+        try:
+            build(stored, kind)
+        except UserError as error:
+            raise Damaged(f"{path} is damaged, with options that cannot be ({error}): {mending(path)}") from error
     return checkpoint, notes
 
 
@@ -206,9 +238,9 @@ def check_shards(path: Path, checkpoint: dict) -> list[str]:
     return []
 
 
-def load_run(path: Path, kinds: dict[str, type]) -> tuple[dict, list[str]]:
+def load_run(path: Path, kinds: dict[str, type], option: str = "out_dir") -> tuple[dict, list[str]]:
     """`load_checkpoint` of one that a run can go on from: with counters and, but for a best.pt, moments."""
-    checkpoint, notes = load_checkpoint(path, kinds)
+    checkpoint, notes = load_checkpoint(path, kinds, option=option)
     for name in YOUNGER:
         checkpoint.setdefault(name, getattr(Progress(), name))
     missing = {counter.name for counter in fields(Progress)} - checkpoint.keys()
@@ -222,7 +254,7 @@ def load_run(path: Path, kinds: dict[str, type]) -> tuple[dict, list[str]]:
     try:
         Progress.of(checkpoint)
     except UserError as error:
-        raise Damaged(f"{path} is damaged or foreign, {error}: restore or delete it") from error
+        raise Damaged(f"{path} is damaged or foreign, {error}: {mending(path)}") from error
     return checkpoint, notes
 
 
@@ -237,25 +269,25 @@ def kept_steps(folder: Path) -> list[int]:
     return sorted((step_of(path) for path in folder.glob("step-*.pt") if step_of(path) >= 0), reverse=True)
 
 
-def newest_whole(folder: Path, lost: Path) -> tuple[Path, int] | None:
+def newest_whole(folder: Path, lost: Path, kinds: dict[str, type]) -> tuple[Path, int] | None:
     """The checkpoint with which a run can go on where `lost` cannot be read, and its step."""
     for path in [folder / "last.pt", *(folder / f"step-{n}.pt" for n in kept_steps(folder)), folder / "best.pt"]:
         if path == lost:
             continue
         try:
-            return path, load_run(path, {})[0]["step"]
+            return path, load_run(path, kinds)[0]["step"]
         except UserError:
             continue
     return None
 
 
 @contextlib.contextmanager
-def offers_another(lost: Path) -> Iterator[None]:
+def offers_another(lost: Path, kinds: dict[str, type] | None = None) -> Iterator[None]:
     """Where the checkpoint `lost` is Damaged, the error says how to go on from the newest whole one beside it."""
     try:
         yield
     except Damaged as error:
-        found = newest_whole(lost.parent, lost)
+        found = newest_whole(lost.parent, lost, kinds or {})
         if found is None:
             raise
         path, step = found
@@ -268,8 +300,9 @@ def offers_another(lost: Path) -> Iterator[None]:
 
 def resumable(path: Path, given: dict, model_config: type, train_config: type) -> tuple[dict, list[str]]:
     """`load_run` with its configurations; UserError where an option of `given` would make it another run."""
-    with offers_another(path):
-        checkpoint, notes = load_run(path, {"model_config": model_config, "train_config": train_config})
+    kinds = {"model_config": model_config, "train_config": train_config}
+    with offers_another(path, kinds):
+        checkpoint, notes = load_run(path, kinds, "resume" if isinstance(given.get("resume"), str) else "out_dir")
     trained = checkpoint["train_config"]
     fixed = checkpoint["model_config"] | {name: trained[name] for name in ("tokenizer", "init_from")}
     for name, value in fixed.items():
@@ -303,7 +336,7 @@ def weights_path(run: str) -> Path:
 def best_loss(folder: Path) -> float:
     """The one of a folder's best.pt; infinite where none can be read."""
     try:
-        return load_checkpoint(folder / "best.pt", {})[0]["best"]
+        return load_run(folder / "best.pt", {})[0]["best"]
     except UserError:
         return math.inf
 
@@ -377,6 +410,16 @@ def check_moments(path: Path, checkpoint: dict, model: nn.Module, optimizer: tor
         check_tensor(path, f"the step of {names[p]}", state["step"], torch.zeros(()))
         for moment in MOMENTS:
             check_tensor(path, f"{moment} of {names[p]}", state[moment], p)
+    check_updates(path, checkpoint, [state["step"] for state in states.values()])
+
+
+def check_updates(path: Path, checkpoint: dict, counts: list[Tensor]) -> None:
+    """Damaged where the parameters' moments have not seen one number of updates, or have seen more than there were."""
+    found = sorted({count.item() for count in counts})
+    most = checkpoint["step"] - checkpoint["skipped"]
+    if found and (len(found) > 1 or not 0 <= found[0] <= most or found[0] % 1):
+        updates = ", ".join(f"{count:g}" for count in found[:3])
+        raise Damaged(f"{path} is damaged, its optimiser has seen {updates} updates, not up to {most}: {mending(path)}")
 
 
 def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks) -> str:
@@ -395,6 +438,7 @@ def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks:
     return next((name for name, count in zip(names, found, strict=True) if count > 0), "")
 
 
+@unwarned()
 def load_weights(model: nn.Module, checkpoint: dict, path: Path, ranks: Ranks = ALONE) -> None:
     """Damaged where the checkpoint's weights are not the model's, or are not finite."""
     if "shards" in checkpoint:
@@ -410,7 +454,7 @@ def check_values(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer 
     """Damaged where what was read from `path` is not finite."""
     name = not_finite(model, optimizer, ranks)
     if name:
-        raise Damaged(f"{path}: {name} has values that are not finite, or that cannot be: restore or delete it")
+        raise Damaged(f"{path}: {name} has values that are not finite, or that cannot be: {mending(path)}")
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
@@ -425,6 +469,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
         group.update(options)
 
 
+@unwarned()
 def restore(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
             ranks: Ranks = ALONE) -> None:  # fmt: skip
     """A checkpoint of any number of ranks into the model and optimiser of this one; Damaged where it does not fit
@@ -432,6 +477,7 @@ def restore(path: Path, checkpoint: dict, model: nn.Module, optimizer: torch.opt
     if "shards" in checkpoint:
         read_parts(path.with_name(checkpoint["shards"]), contents(model, optimizer))
         check_values(path, model, optimizer, ranks)
+        check_updates(path, checkpoint, [moments["step"] for moments in optimizer.state.values()])
         return
     load_weights(model, checkpoint, path, ranks)
     if "optimizer" in checkpoint:

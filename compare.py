@@ -30,7 +30,7 @@ from accounting import count_params, flops_per_token, state_bytes
 from attention import letters_help
 from configurator import UserError, build, cli, need, parse, to_toml
 from data import Corpus, eval_batches, token_bytes
-from files import locks, write_text
+from files import locks, remedy, write_text
 from layers import IGNORE
 from machine import choose_compile, choose_device, choose_dtype, describe
 from model import HydraConfig
@@ -465,7 +465,7 @@ def open_log(out: Path) -> TextIO:
         out.mkdir(parents=True, exist_ok=True)
         log = (out / "log.jsonl").open("a", encoding="utf-8", buffering=1)
     except OSError as error:
-        raise UserError(f"out_dir={str(out)!r}: {error.strerror}: choose a folder that can be written") from error
+        raise UserError(f"out_dir={str(out)!r}: {error.strerror}: {remedy(error)}") from error
     if not locks(log, wait=False):
         raise UserError(f"out_dir={str(out)!r}: another comparison is at work there: wait, or choose another folder")
     return log

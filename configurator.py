@@ -22,6 +22,7 @@ import re
 import shlex
 import sys
 import tomllib
+import unicodedata
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,7 @@ AnyPath = NewType("AnyPath", str)
 REPEATED = tuple[str, ...]
 SWITCH = bool | AnyPath
 INTS = range(-(2**63), 2**63)  # what torch, numpy and the log can hold
+DASHES = "-\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what editors make of two of them
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 EXPECTED = {
     int: "an int of 64 bits: give a whole number, e.g. 1000",
@@ -44,11 +46,16 @@ EXPECTED = {
 }
 
 
+def breaks(character: str) -> bool:
+    """Whether it ends a line, steers a terminal or cannot be shown; other spaces than the plain one are none."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
 class UserError(ValueError):
     """Bad input by the user. Its text is one line, whatever is in it: the value, the reason, the remedy."""
 
     def __init__(self, text: str):
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+        super().__init__("".join(repr(c)[1:-1] if breaks(c) else c for c in text))
 
 
 def need(config: object, names: str, holds: bool, remedy: str) -> None:
@@ -90,10 +97,13 @@ def at_home(path: str) -> str:
 
 
 def usable_path(path: str, where: str) -> str:
-    """`at_home(path)`, or an empty one; UserError where the system takes it for no path, or lets nobody look there."""
+    """`at_home(path)`, or an empty one; UserError where the system takes it for no path, or lets nobody look there, and
+    where a command with it, in one line, could not be typed again."""
     if not path:
         return path
     found = at_home(path)
+    if any(map(breaks, found)):
+        raise UserError(f"{where}{path!r}: it has a character that cannot be shown: give another path, or rename it")
     try:
         os.stat(found)
     except (FileNotFoundError, NotADirectoryError):
@@ -159,16 +169,18 @@ def asked_for(value: object, kind: type, where: str, text: bool = False) -> int 
 
 def no_file(word: str) -> UserError:
     """The error for an argument that is neither an option nor an existing .toml file, with the likely intention."""
-    if "=" in word or word.startswith("-"):
-        return UserError(f"{word!r} is no file: options have two dashes, write --{word.lstrip('-')}")
+    if "=" in word or word.startswith(tuple(DASHES)):
+        return UserError(f"{word!r} is no file: options have two dashes, write --{word.lstrip(DASHES)}")
     reason = "does not exist"
-    if os.path.exists(word):
-        reason = "is a directory" if os.path.isdir(word) else "is not a .toml file"
+    if os.path.isdir(word):
+        reason = "is a directory"
+    elif os.path.exists(word):
+        reason = "is no regular file" if word.endswith(".toml") else "is not a .toml file"
     paths = glob.glob("config/*.toml")
     folder = os.path.dirname(word)
     if not folder or os.path.isdir(folder):
         paths += glob.glob(os.path.join(glob.escape(folder), "*.toml"))
-    stems = {os.path.basename(path).removesuffix(".toml"): path for path in reversed(paths)}
+    stems = {os.path.basename(path).removesuffix(".toml"): path for path in reversed(paths) if os.path.isfile(path)}
     near = difflib.get_close_matches(os.path.basename(word).removesuffix(".toml"), stems, n=1)
     remedy = f"did you mean {stems[near[0]]}?" if near else "give a .toml file or --key=value (see --help)"
     return UserError(f"{word!r} {reason}: {remedy}")
@@ -177,7 +189,7 @@ def no_file(word: str) -> UserError:
 def read_toml(path: str, kinds: dict[str, type]) -> dict:
     """The keys of one flat TOML file, typed. UserErrors name the file."""
     path = at_home(path)
-    if not path.endswith(".toml") or not os.path.exists(path):
+    if not path.endswith(".toml") or not (os.path.isfile(path) or os.path.isdir(path)):
         raise no_file(path)
     try:
         with open(path, encoding="utf-8-sig") as file:  # -sig: some Windows editors put a byte order mark
@@ -225,7 +237,7 @@ def parse(argv: list[str], *types: type, doc: str = "") -> dict:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"--{key} needs a value: write --{key}=VALUE")
             text = rest.pop(0)
-        if kinds[key] is AnyPath and not text:  # such as that of a variable which is not set
+        if kinds[key] in (AnyPath, SWITCH) and not text:  # such as that of a variable which is not set
             raise UserError(f"--{key}='' is an empty path: name one, or leave the option out")
         given[key] = asked_for(text, kinds[key], f"--{key}=", text=True)
         if kinds[key] == REPEATED:

@@ -30,7 +30,7 @@ import tiktoken
 import torch
 
 from configurator import AnyPath, UserError, build, cli, command, need, parse, usable_path
-from files import complete_file, write_text
+from files import complete_file, reason, write_text
 from formats import MAGIC
 from shards import (
     Shard,
@@ -64,7 +64,7 @@ def read_ranks(path: Path, remedy: str) -> dict[bytes, int]:
     try:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read the ranks ({error}); {remedy}") from error
+        raise UserError(f"{path}: cannot read the ranks ({reason(error)}); {remedy}") from error
     # A byte without a rank would end the process later, at encoding, with a panic that is not even an Exception.
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
         raise UserError(f"{path}: not ranks from 0 on, each once, with all 256 bytes; {remedy}")

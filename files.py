@@ -10,6 +10,7 @@ Left out: locks between machines on a file system that has none.
 """
 
 import contextlib
+import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -17,6 +18,7 @@ import os
 import platform
 import re
 import shlex
+import stat
 import sys
 import time
 import uuid
@@ -48,6 +50,23 @@ def reason(error: BaseException) -> str:
     if system:
         return system[1] or system[2]
     return text or type(error).__name__
+
+
+def remedy(error: OSError) -> str:
+    """Of a folder that cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free some space, or choose a folder on another disk" if full else "choose a folder that can be written"
+
+
+def check_regular(path: Path) -> None:
+    """OSError where the system cannot look at it; UserError where it is a folder, or a pipe or a device, which would be
+    waited for, or read without an end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = (stat.S_ISDIR, "Is a directory"), (stat.S_ISFIFO, "it is a pipe"), (stat.S_ISSOCK, "it is a socket")
+    found = next((text for is_kind, text in kinds if is_kind(mode)), "it is a device")
+    raise UserError(f"{path} cannot be read ({found}): move it away, or name another one")
 
 
 class Damaged(UserError):
@@ -114,7 +133,7 @@ class Lock:
             file.truncate(0)
             file.write(text.encode(errors="replace"))
         except OSError as error:
-            raise UserError(f"out_dir={str(folder)!r}: {reason(error)}: choose a folder that can be written") from error
+            raise UserError(f"out_dir={str(folder)!r}: {reason(error)}: {remedy(error)}") from error
 
     def release(self) -> None:
         file, self.file = self.file, None

@@ -26,7 +26,17 @@ from torch.autograd import DeviceType
 
 from checkpoints import Progress
 from configurator import UserError, command, say
-from files import RUN_FILES, Lock, complete_file, reason, remove_leftovers, saved_file, write_text
+from files import (
+    RUN_FILES,
+    Lock,
+    check_regular,
+    complete_file,
+    reason,
+    remedy,
+    remove_leftovers,
+    saved_file,
+    write_text,
+)
 from generate import longest_text
 from machine import compiling, sync
 from model import Hydra
@@ -169,6 +179,7 @@ def link(path: Path, other: Path) -> None:
         if path.is_symlink():
             os.symlink(os.readlink(path), other)
             return
+        check_regular(path)
         with path.open("rb") as content, complete_file(other) as file:
             shutil.copyfileobj(content, file)
 
@@ -221,9 +232,14 @@ def set_aside(out: Path) -> str:
     return f"{out} held a run: its files are in {folder} now (--resume would have continued it)"
 
 
-def check_resumable(out: Path) -> None:
-    """UserError where there is nothing to go on from, but in a folder that a run was set aside to."""
-    if (out / "last.pt").exists() or (any(out.glob("*.pt")) and not kept_aside(out)):
+def check_resumable(out: Path, path: Path) -> None:
+    """UserError where a file of the run in `out`, which is to go on from the checkpoint `path`, is a folder, a pipe or
+    a device, or where there is nothing to go on from, but in a folder that a run was set aside to."""
+    if path.parent.resolve() == out.resolve():  # else what is in `out` is set aside
+        for file in run_files(out):
+            if not file.match("shards-*") and os.path.exists(file):
+                check_regular(file)
+    if path != out / "last.pt" or path.exists() or (any(out.glob("*.pt")) and not kept_aside(out)):
         return
     for folder in numbered(out):
         if (folder / "last.pt").is_file():
@@ -282,7 +298,7 @@ def read_record(line: bytes) -> dict | None:
     numbers = [record[name] for name in NUMBERS if record.get(name) is not None]
     if not all(type(number) in (int, float) and abs(number) < math.inf for number in numbers):
         return None
-    return None if record.get("best") and record.get("val_loss") is None else record
+    return None if record.get("best") and not (record.get("val_loss") or 0) > 0 else record
 
 
 def truncate_log(path: Path, step: int, evaluates: bool) -> tuple[float, int]:
@@ -498,7 +514,7 @@ def open_folder(out: Path, toml: str, resumed_at: int | None, evaluates: bool, r
         write_text(out / "config.toml", toml)
         log = RunLog(out / "log.jsonl", session.say)
     except OSError as error:
-        raise UserError(f"out_dir={str(out)!r}: {reason(error)}: choose a folder that can be written") from error
+        raise UserError(f"out_dir={str(out)!r}: {reason(error)}: {remedy(error)}") from error
     return log, said, ranks.first(best)
 
 

@@ -8,7 +8,7 @@ import codecs
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from accounting import count_params, state_bytes
 from checkpoints import load_checkpoint, load_weights
 from configurator import AnyPath, UserError, build, cli, need, parse, usable_path
 from data import stored_tokenizer, text_of, token_text
+from files import Damaged, reason
 from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
 from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth, free_memory
 from model import Hydra, HydraConfig
@@ -59,7 +60,8 @@ def read_prompts(path: str) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise UserError(f"prompt_file={path!r}: {error}: give a UTF-8 text file with one prompt a line") from error
+        remedy = "give a UTF-8 text file with one prompt a line"
+        raise UserError(f"prompt_file={path!r}: {reason(error)}: {remedy}") from error
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise UserError(f"prompt_file={path!r}: it is blank: give a text file with one prompt a line")
@@ -82,8 +84,8 @@ def checkpoint_path(options: SampleConfig) -> Path:
     raise UserError(f"{path} does not exist: train first, or name the run's folder with --out_dir=PATH")
 
 
-def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tiktoken.Encoding, list[str]]:
-    """(model in the dtype and form that generates, its tokenizer, what is to be said) of the run's checkpoint."""
+def read_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tiktoken.Encoding, list[str]]:
+    """`load_model`; Damaged where the checkpoint is."""
     path = checkpoint_path(options)
     checkpoint, notes = load_checkpoint(path, {"model_config": HydraConfig}, device)
     enc = stored_tokenizer(checkpoint["train_config"]["tokenizer"], checkpoint["tokenizer"])
@@ -101,6 +103,22 @@ def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tikt
         if problem:
             notes.append(f"plain weights, 1.3-2 times slower: {problem}")
     return model, enc, notes
+
+
+def load_model(options: SampleConfig, device: torch.device) -> tuple[Hydra, tiktoken.Encoding, list[str]]:
+    """(model in the dtype and form that generates, its tokenizer, what is to be said) of the run's checkpoint; where it
+    is damaged, the error names the run's other one, if that is whole."""
+    try:
+        return read_model(options, device)
+    except Damaged as error:
+        other = "last" if options.checkpoint == "best" else "best"
+        if not Path(options.out_dir, f"{other}.pt").exists():
+            raise
+        try:
+            read_model(replace(options, checkpoint=other), device)
+        except UserError:
+            raise error from None
+        raise UserError(f"{error}; {other}.pt is whole: use --checkpoint={other}") from error
 
 
 def check_memory(model: Hydra, num_samples: int, texts: int, slots: int) -> None:

@@ -192,8 +192,8 @@ def user_source(data: str, without: Collection[Path] = (), field: str = "text", 
         raise UserError(f"--{option}={data}: this glob finds no token shards, files *_train_*.bin and *_val_*.bin, and "
                         "others it is not for: give the path of a text file or of a folder of them")  # fmt: skip
     if not os.path.isfile(path) and not os.path.isdir(path):
-        raise UserError(f"--{option}={data}: no such file or folder; give the path of a text file or of a folder of "
-                        "them")  # fmt: skip
+        reason = "a pipe or a device" if os.path.exists(path) else "no such file or folder"
+        raise UserError(f"--{option}={data}: {reason}; give the path of a text file or of a folder of them")
     root = path if path.is_dir() else path.parent
     source = Source(re.sub(r"[^\w.-]", "_", path.name)[:40] or "data", visible(str(path)), root, [], Skipped(root),
                     field)  # fmt: skip

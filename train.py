@@ -286,8 +286,7 @@ def configure(argv: list[str], session: runs.Session,
     out_dir = given.get("out_dir", str(path.parent))
     if not given.get("plan") and Path(out_dir).is_dir():
         session.take(Path(out_dir))
-        if where.resume is True:
-            runs.check_resumable(Path(out_dir))
+        runs.check_resumable(Path(out_dir), path)
     checkpoint, notes = checkpoints.resumable(path, given, *kinds)
     if path != Path(out_dir, "last.pt"):
         notes.append(f"going on from {path}, step {checkpoint['step']}: what {out_dir} has of later steps is replaced "
@@ -336,7 +335,8 @@ def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Source | None,
     """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
     if source:
         checkpoints.check_text(source.parts, ids, source.path.parent, run.data)
-        with checkpoints.offers_another(source.path):
+        kinds = {"model_config": HydraConfig, "train_config": TrainConfig}
+        with checkpoints.offers_another(source.path, kinds):
             checkpoints.restore(source.path, source.parts, model, optimizer, ranks)
         progress = Progress.of(source.parts)
         if source.path.name != "last.pt" and source.is_in(run.out_dir):
@@ -489,7 +489,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
             with session.saved(), machine.autocast():
                 found = evaluate(model, corpus.val, bytes_V, run.batch_size, windows, machine.device, ranks,
                                  session.stop)  # fmt: skip
-            best = not lost and found["val_loss"] < progress.best
+            best = not lost and 0 < found["val_loss"] < progress.best  # 0 could never be reached again
             log.evaluation({"step": step, **found, "best": best, "seconds": progress.seconds})
             if best:
                 progress.best = found["val_loss"]

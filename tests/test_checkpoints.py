@@ -9,7 +9,9 @@ import random
 import resource
 import shlex
 import shutil
+import signal
 import sys
+import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -245,6 +247,10 @@ def spoil(value: float, *keys: object):
     return lambda content: first(content, *keys).view(-1)[:1].fill_(value)
 
 
+def states(content: dict) -> list[dict]:
+    return list(content["optimizer"]["state"].values())
+
+
 GONE = [*checkpoints.PARTS, "model", "optimizer", "skipped", "streak", "clipped", "counted"]
 WEIGHT, STATE = "blocks.0.attn.qkv.weight", ("optimizer", "state", 0)
 CHANGES = {
@@ -254,6 +260,19 @@ CHANGES = {
     **{f"{name} is a fraction": put(1.5, name) for name in ("step", "skipped", "streak", "clipped", "counted")},
     "step is a truth": put(True, "step"),
     "step is a tensor": put(torch.tensor(4), "step"),
+    "windows are a text": put("8", "eval_windows"),
+    "windows are negative": put(-1, "eval_windows"),
+    "windows are a fraction": put(3.5, "eval_windows"),
+    "windows are none": put(None, "eval_windows"),
+    "windows are a table": put({}, "eval_windows"),
+    "windows are more than could be": put(10**15, "eval_windows"),
+    "windows are all, not those of a batch": put(0, "eval_windows"),
+    "a launch of another kind": put(3, "launch"),
+    "more skipped than steps": put(5, "skipped"),
+    "more counted than steps": put(10**12, "counted"),
+    "more losses than steps": put([1e9, 1.0, 1.0], "running"),
+    "a step before the moments'": lambda content: content.update(step=3, clipped=0, counted=0),
+    "best is zero": put(0.0, "best"),
     "best is nan": put(math.nan, "best"),
     "best is negative": put(-1.0, "best"),
     "best is a count": put(3, "best"),
@@ -293,11 +312,18 @@ CHANGES = {
     "a moment that is nan": lambda content: content["optimizer"]["state"][2]["exp_avg"].view(-1)[-1:].fill_(math.nan),
     "a square that is negative": lambda content: content["optimizer"]["state"][2]["exp_avg_sq"].view(-1)[:1].fill_(-1),
     "a step that is no number": lambda content: content["optimizer"]["state"][2]["step"].fill_(math.nan),
+    "a step that is a fraction": lambda content: [state["step"].fill_(1.5) for state in states(content)],
+    "a step that is negative": lambda content: [state["step"].fill_(-1) for state in states(content)],
+    "a step beyond the checkpoint's": lambda content: [state["step"].fill_(20) for state in states(content)],
+    "steps that differ": lambda content: states(content)[1]["step"].fill_(3),
+    "an optimiser that is a tensor": put(torch.zeros(3), "optimizer"),
     "a step of two": put(torch.zeros(2), *STATE, "step"),
     "an option of another type": put("32", "model_config", "dim"),
     "an option that is a tensor": put(torch.zeros(2, 2), "train_config", "max_iters"),
     "an option that is not finite": put(math.inf, "train_config", "learning_rate"),
     "an option that cannot be": put(-3, "model_config", "dim"),
+    "layers that cannot be": put(-1, "model_config", "n_layer"),
+    "a batch that cannot be": put(0, "train_config", "batch_size"),
     "a shape that is another": put(64, "model_config", "dim"),
     "shards of no name": lambda content: content.update(shards="../../etc"),
     "shards that are not there": lambda content: content.update(shards="shards-9"),
@@ -331,6 +357,107 @@ def test_a_checkpoint_that_is_not_whole_is_one_line_and_changes_nothing(out, mon
     with pytest.raises(SystemExit) as ended:
         cli(train.main)
     assert ended.value.code == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("change, words", [
+    (put("8", "eval_windows"), r"are missing or not it \(eval_windows\): restore it, or name another checkpoint"),
+    (put(-1, "eval_windows"), "eval_windows=-1 are not those of eval_iters=1 batches: restore or delete it; or go on"),
+    (put(5, "skipped"), r"skipped=5 and counted=\d are more than its steps: restore or delete it; or go on from"),
+    (put(-1, "model_config", "n_layer"), r"options that cannot be \(n_layer=-1: .*\): restore or delete it; or go on"),
+    (lambda content: states(content)[1]["step"].fill_(3), "its optimiser has seen 3, 4 updates, not up to 4: restore"),
+], ids=["kind", "sign", "counters", "option", "updates"])  # fmt: skip
+def test_what_cannot_be_is_named_and_another_one_that_can_is_offered(out, change, words):
+    """Step 3 is spoiled in the same way, so that step 2 is."""
+    for name in ("last", "step-3") if "updates" not in words else ("last",):
+        content = checkpoint(out, name)
+        change(content)
+        torch.save(content, out / f"{name}.pt")
+    before = bytes_of(out)
+    with pytest.raises(UserError, match=f"last.pt is .*{words}") as error:
+        train.main([f"--out_dir={out}", "--resume", "--max_iters=6"])
+    path = out / ("step-3.pt" if "updates" in words else "step-2.pt")
+    assert offered(error.value) == [f"--resume={path}"] and bytes_of(out) == before
+    (out / "last.pt").rename(out / "mine.pt")
+    with pytest.raises(UserError, match="mine.pt is ") as error:
+        train.main([f"--resume={out / 'mine.pt'}", "--max_iters=6"])
+    assert "delete" not in str(error.value)
+
+
+@pytest.mark.faults
+def test_a_file_that_is_no_run_s_is_never_to_be_deleted(tmp_path):
+    """And one that is missing is looked for where it was named."""
+    for name, content in (("notes.txt", b"mine"), ("config.toml", b"dim = 32"), ("mine.pt", b"PK")):
+        (tmp_path / name).write_bytes(content)
+        for option in ("resume", "init_from"):
+            with pytest.raises(UserError, match=f"{name} is no checkpoint.*: name the checkpoint of a run") as error:
+                train.main([f"--{option}={tmp_path / name}", f"--out_dir={tmp_path / 'new'}"])
+            assert "delete" not in str(error.value) and (tmp_path / name).read_bytes() == content
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "last.pt")  # whole, of another project
+    with pytest.raises(UserError, match="last.pt is no checkpoint.*parts are missing: restore it, or name") as error:
+        train.main([f"--resume={tmp_path}"])
+    assert "delete" not in str(error.value)
+    for path in (tmp_path / "none.pt", tmp_path / "notes.txt" / "last.pt"):
+        with pytest.raises(UserError, match=f"{path} does not exist: .* with --resume=PATH"):
+            train.main([f"--resume={path}"])
+
+
+@pytest.mark.faults
+def test_torch_s_warnings_do_not_stand_beside_the_error(out, monkeypatch):
+    """Of strange tensors, in reading them and in holding them against the model."""
+    load, check = torch.load, checkpoints.check_tensor
+
+    def warned(real):
+        def call(*args, **keys):
+            warnings.warn("deprecated", stacklevel=1)
+            return real(*args, **keys)
+
+        return call
+
+    monkeypatch.setattr(torch, "load", warned(load))
+    monkeypatch.setattr(checkpoints, "check_tensor", warned(check))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        strange = torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
+    for change in (put(strange, "model", WEIGHT), put(torch.zeros(3), "optimizer"), put(strange, *STATE, "exp_avg")):
+        content = load(out / "step-3.pt", weights_only=True)
+        change(content)
+        torch.save(content, out / "last.pt")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with pytest.raises(UserError, match="last.pt .*or go on from"):
+                train.main([f"--out_dir={out}", "--resume", "--max_iters=6"])
+        assert [str(warning.message) for warning in said] == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "step-2.pt", "log.jsonl", "config.toml"])
+@pytest.mark.parametrize("kind, words", [("pipe", "it is a pipe"), ("/dev/full", "it is a device"),
+                                         ("/dev/zero", "it is a device"), ("folder", "Is a directory")])  # fmt: skip
+def test_a_file_of_a_run_that_is_none_is_refused_unopened(out, name, kind, words):
+    """Nothing waits for a pipe, reads a device without an end, or has changed half of the files."""
+    (out / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(out / name)
+    elif kind == "folder":
+        (out / name).mkdir()
+    else:
+        (out / name).symlink_to(kind)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    calls = [(train.main, ["--resume", "--max_iters=6"])]
+    if name in ("last.pt", "best.pt"):
+        calls.append((sample.main, [f"--checkpoint={name[:4]}", "--max_new_tokens=2"]))
+        calls.append((train.main, ["--resume", "--plan"] if name == "last.pt" else [f"--resume={out / name}"]))
+    if kind == "folder" and name == "best.pt":
+        calls.pop()  # a folder stands for its last.pt
+    signal.alarm(30)  # a read that waits ends the test
+    try:
+        for call, args in calls:
+            with pytest.raises(UserError, match=rf"{name} cannot be read \({words}\): move it away"):
+                call([f"--out_dir={out}", *args])
+    finally:
+        signal.alarm(0)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.faults
@@ -500,7 +627,7 @@ def test_a_folder_stands_for_its_last_checkpoint(out, capsys):
     assert checkpoint(out)["step"] == 5 and "going on from" not in capsys.readouterr().out
     with pytest.raises(UserError, match="~nobody-at-all/last.pt.: there is no such user"):
         train.main(["--resume=~nobody-at-all/last.pt"])
-    with pytest.raises(UserError, match="resume='': name a checkpoint, or leave the value out"):
+    with pytest.raises(UserError, match="--resume='' is an empty path: name one, or leave the option out"):
         train.main(["--resume=", *options(out.parent, "none")])
 
 

@@ -115,12 +115,14 @@ def test_a_switch_is_a_bool_or_a_text(toml):
     for argv, value in ((["--resume"], True), (["--resume=No"], False), (["--resume", "true"], True),
                         (["--resume=a/b.pt"], "a/b.pt"), (["--resume", "a/b.pt", "--dim=2"], "a/b.pt"),
                         (["--resume", "--dim=2"], True), (["--resume", toml("dim = 2")], True),
-                        ([toml("resume = true", "b.toml")], True), (["--resume="], ""),
+                        ([toml("resume = true", "b.toml")], True),
                         ([toml('resume = "true"', "c.toml")], "true")):  # fmt: skip
         given = parse(argv, Switch)
         assert same(given["resume"], value), argv
         (built,) = build(given, Switch)
         assert build(parse([toml(to_toml(built), "d.toml")], Switch), Switch) == (built,)
+    with pytest.raises(UserError, match="--resume='' is an empty path: name one, or leave the option out"):
+        parse(["--resume="], Switch)
     with pytest.raises(UserError, match="resume = 3 is not a bool or a path: give true, false or"):
         parse([toml("resume = 3")], Switch)
 
@@ -152,6 +154,8 @@ ERRORS = {
     "case": (["--DIM=1"], None, ["'DIM'", "did you mean dim?"]),
     "nothing near": (["--zzzz=1"], None, ["unknown key 'zzzz': --help lists every key"]),
     "newline in a key": (["--di\nm=1"], None, ["unknown key", "dim"]),
+    "a long dash": (["\u2014dim=3"], None, ["'\u2014dim=3' is no file: options have two dashes, write --dim=3"]),
+    "a short one": (["\u2013\u2013dim"], None, ["write --dim"]),
     "two dashes": (["--"], None, ["unknown key ''"]),
     "word for int": (["--dim=big"], None, ["--dim='big'", "int", "whole number"]),
     "exponent for int": (["--dim=1e3"], None, ["--dim='1e3'", "int"]),
@@ -248,7 +252,9 @@ def test_a_leading_tilde_is_the_home_folder(argv, toml, monkeypatch):
     ("~nobody-at-all/x", ["'~nobody-at-all/x'", "no such user", "write './~nobody-at-all/x'"]),
     ("a" * 300, ["File name too long: give another path"]),
     ("a/" * 3000, ["File name too long: give another path"]),
-    ("a\0b", ["'a\\x00b'", "null byte: give another path"]),
+    ("a\0b", ["'a\\x00b'", "a character that cannot be shown: give another path"]),
+    ("a\tb", ["'a\\tb'", "a character that cannot be shown"]), ("a\nb", ["'a\\nb'", "cannot be shown"]),
+    ("a\x1b[31m", ["cannot be shown"]), ("a\u2028b", ["cannot be shown"]), ("\x7f", ["cannot be shown"]),
     ("loop/x", ["'loop/x'", "Too many levels of symbolic links"]),
     ("\udcff", ["a path: give UTF-8 text"]),
 ])
@@ -278,6 +284,26 @@ def test_a_stored_path_need_not_be_usable_any_more():
 def test_an_error_is_one_line_whatever_is_in_it():
     text = str(UserError("a\nb\r\x1b[31m\u2028\x85\udcff 'é'\t"))
     assert text == "a\\nb\\r\\x1b[31m\\u2028\\x85\\udcff 'é'\\t" and text.isprintable()
+    shown = "a\xa0b\u3000c\u202fé 字"  # spaces that a path may have, and that a command with it must keep
+    assert str(UserError(shown)) == shown
+    assert str(UserError("\ue000\u0378\u2029\0")) == "\\ue000\\u0378\\u2029\\x00"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("argv", [["--folder=a\tb"], ["--folder", "a\tb"], ["a.toml"], ["--folder=~/x"]])
+def test_a_path_that_no_line_can_show_is_refused_wherever_it_comes_from(argv, toml, monkeypatch):
+    toml('folder = "a\\tb"')
+    monkeypatch.setenv("HOME", "/home/a\tb")
+    with pytest.raises(UserError, match="folder ?= ?.*it has a character that cannot be shown: give another path"):
+        parse(argv, Places)
+    assert parse(["--folder=a\xa0b"], Places) == {"folder": "a\xa0b"}
+
+
+@pytest.mark.faults
+def test_a_pipe_is_no_file_of_options(toml):
+    os.mkfifo("pipe.toml")
+    with pytest.raises(UserError, match="'pipe.toml' is no regular file: give a .toml file or --key=value"):
+        parse(["pipe.toml"], Places)
 
 
 def test_a_command_is_quoted_for_the_shell(tmp_path, monkeypatch):

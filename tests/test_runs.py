@@ -369,9 +369,9 @@ def test_a_run_from_before_the_files_were_divided_goes_on(tmp_path, capsys):
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.5, 0.95), fused=True)
     optimizer.step()
     corpus = text_tokens(tmp_path)
-    paths = {"out_dir": str(out), "data": TEXT, "cache_dir": str(tmp_path / "cache")}
+    paths = {"out_dir": str(out), "data": TEXT, "cache_dir": str(tmp_path / "cache"), "max_iters": 5}
     old = {"model": model.state_dict(), "model_config": OLD_MODEL, "train_config": OLD_TRAINING | paths,
-           "fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc), "step": 1, "best": 5.5,
+           "fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc), "step": 4, "best": 5.5,
            "skipped": 3, "streak": 0, "clipped": 0, "counted": 0}  # fmt: skip
     torch.save(old, out / "best.pt")
     assert sample.main([f"--out_dir={out}", "--prompt=ab", "--max_new_tokens=3"]) == 0
@@ -380,7 +380,7 @@ def test_a_run_from_before_the_files_were_divided_goes_on(tmp_path, capsys):
     assert train.main([f"--out_dir={out}", "--resume"]) == 0
     (record,) = step_records(out)
     new = checkpoint(out)
-    assert record["step"] == new["step"] == 2 and record["skipped"] == 3
+    assert record["step"] == new["step"] == 5 and record["skipped"] == 3
     names = {p: name for name, p in model.named_parameters()}
     order = [names[p] for p in [*matrices, *vectors]]
     for name, state in zip(order, new["optimizer"]["state"].values(), strict=True):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_sample_takes_several_prompts_and_reports_its_speed(run, tmp_path):
     assert told.startswith("24 tokens, ") and told.count("\n") == 1
     assert "of this machine's copy bandwidth (1.0 GB/s)" in told
     assert "2 tokens, too few to time" in run(f"--prompt_file={file}", "--max_new_tokens=1")[1]
-    with pytest.raises(UserError, match="prompt_file='/no/such': .*one prompt a line"):
+    with pytest.raises(UserError, match="prompt_file='/no/such': No such file or directory: give .*one prompt a line"):
         run("--prompt_file=/no/such")
     with pytest.raises(UserError, match="compile='on': on a CPU 2 texts"):
         run(f"--prompt_file={file}", "--compile=on")
@@ -288,6 +289,29 @@ def test_a_missing_checkpoint_is_named_with_what_there_is(trained, tmp_path, mon
 
     monkeypatch.setattr("configurator.os.stat", denied)
     assert refused() == f"'{tmp_path}/best.pt': Permission denied: give another path"
+
+
+@pytest.mark.faults
+def test_the_other_checkpoint_is_named_where_it_is_whole(trained, tmp_path):
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+
+    def refused(*args: str) -> str:
+        with pytest.raises(UserError) as error:
+            sample.main([f"--out_dir={out}", "--max_new_tokens=2", *args])
+        return str(error.value)
+
+    content = checkpoint(out, "best")
+    for change in ({"model": {}}, {"model": content["model"] | {"norm.weight": torch.full((32,), torch.nan)}}):
+        torch.save(content | change, out / "best.pt")
+        assert refused().startswith(f"{out}/best.pt")
+        assert refused().endswith("; last.pt is whole: use --checkpoint=last")
+    assert sample.main([f"--out_dir={out}", "--max_new_tokens=2", "--checkpoint=last"]) == 0
+    (out / "last.pt").rename(out / "whole.pt")
+    (out / "last.pt").write_bytes(b"")
+    for name in ("best", "last"):
+        assert refused(f"--checkpoint={name}").startswith(f"{out}/{name}.pt") and "whole" not in refused()
+    (out / "whole.pt").rename(out / "best.pt")
+    assert refused("--checkpoint=last").endswith("; best.pt is whole: use --checkpoint=best")
 
 
 @pytest.mark.faults

@@ -608,11 +608,11 @@ def test_setting_aside_may_be_interrupted_anywhere(tmp_path, monkeypatch, links,
         assert here == OLD or aside == OLD, (number, calls)
         if "last.pt" in here:
             assert here == OLD
-            runs.check_resumable(out)
+            runs.check_resumable(out, out / "last.pt")
         else:
             command = re.escape(f"--resume --out_dir={out / 'run-2'}")
             with pytest.raises(UserError, match=f"last.pt does not exist.* was set aside: go on with it by {command}$"):
-                runs.check_resumable(out)
+                runs.check_resumable(out, out / "last.pt")
         seen.add((here == OLD, aside == OLD))
         left = runs.run_files(out)
         said = runs.set_aside(out)
@@ -632,10 +632,42 @@ def test_a_disk_that_is_full_while_a_run_is_set_aside_keeps_it(tmp_path, monkeyp
     write_folder(tmp_path, OLD)
     monkeypatch.setattr(os, "link", full)
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device: choose a folder"):
+    with pytest.raises(UserError, match="No space left on device: free some space, or choose"):
         runs.open_folder(tmp_path, "", None, True, Ranks(), runs.Session())
     (tmp_path / ".lock").unlink()
     assert tree(tmp_path) == OLD
+
+
+@pytest.mark.faults
+def test_a_lock_that_a_full_disk_does_not_hold_is_to_be_given_space(tmp_path):
+    class NoRoom(io.FileIO):
+        def write(self, text: bytes) -> int:
+            raise ENOSPC
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "open", lambda number, *_: NoRoom(number, "r+b"), raising=False)
+        with pytest.raises(UserError, match="No space left on device: free some space, or choose a folder on another"):
+            train.main(options(tmp_path, "run", max_iters=1))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="Not a directory: choose a folder that can be written"):
+        Lock().take(tmp_path / "file")
+
+
+@pytest.mark.faults
+def test_a_pipe_is_set_aside_and_never_waited_for(tmp_path, monkeypatch):
+    """Without second names it would be copied, which has no end."""
+    os.mkfifo(tmp_path / "log.jsonl")
+    runs.set_aside(tmp_path)
+    assert (tmp_path / "run-1" / "log.jsonl").is_fifo() and os.listdir(tmp_path) == ["run-1"]
+    os.mkfifo(tmp_path / "log.jsonl")
+    monkeypatch.setattr(os, "link", lambda *paths, **_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    signal.alarm(30)
+    try:
+        with pytest.raises(UserError, match=r"log.jsonl cannot be read \(it is a pipe\): move it away"):
+            runs.set_aside(tmp_path)
+    finally:
+        signal.alarm(0)
+    assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "run-1"]
 
 
 def test_a_run_that_went_on_after_an_interrupted_setting_aside_is_set_aside_whole(tmp_path):
@@ -661,10 +693,11 @@ def test_links_are_set_aside_as_links(tmp_path):
 
 
 @pytest.mark.faults
-def test_the_command_that_a_resume_names_goes_on(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["my run", "it's\u00a0mine\u3000 $HOME \u202f`é`"])
+def test_the_command_that_a_resume_names_goes_on(tmp_path, capsys, name):
     """As printed, with a path that needs quotes; a best.pt of the folder's own is somebody else's business."""
-    out = tmp_path / "my run"
-    train.main(options(tmp_path, "my run", max_iters=1))
+    out = tmp_path / name
+    train.main(options(tmp_path, name, max_iters=1))
     runs.set_aside(out)
     with pytest.raises(UserError) as error:
         train.main([f"--out_dir={out}", "--resume"])
@@ -672,7 +705,7 @@ def test_the_command_that_a_resume_names_goes_on(tmp_path, capsys):
     assert train.main([*words, "--max_iters=2"]) == 0
     assert checkpoint(out / "run-1")["step"] == 2 and os.listdir(out) == ["run-1"]
     (out / "best.pt").write_text("a new run's")
-    runs.check_resumable(out)
+    runs.check_resumable(out, out / "last.pt")
 
 
 # ---- the log

@@ -1371,7 +1371,7 @@ def test_moments_are_restored_and_options_are_not():
 
 @pytest.mark.parametrize("changes, words", [
     (["--vocab_size=200"], "vocab_size 200 is smaller than the 257 tokens of 'bytes'"),
-    (["--data=/nowhere/at/all"], "no such file or folder"),
+    (["--data=/nowhere/at/all"], "no such file or folder"), (["--data=/dev/zero"], "zero: a pipe or a device; give"),
     (["--tokenizer=gpt3"], "unknown tokenizer 'gpt3': did you mean"),
     (["--block_size=50000", "--batch_size=1"], "block_size 50000 needs 50001 tokens"),
     (["--resume"], "last.pt does not exist: train first"),
