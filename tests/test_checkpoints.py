@@ -450,6 +450,7 @@ def test_a_file_of_a_run_that_is_none_is_refused_unopened(out, name, kind, words
         calls.append((train.main, ["--resume", "--plan"] if name == "last.pt" else [f"--resume={out / name}"]))
     if kind == "folder" and name == "best.pt":
         calls.pop()  # a folder stands for its last.pt
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(30)  # a read that waits ends the test
     try:
         for call, args in calls:
@@ -457,6 +458,7 @@ def test_a_file_of_a_run_that_is_none_is_refused_unopened(out, name, kind, words
                 call([f"--out_dir={out}", *args])
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
@@ -530,6 +532,16 @@ def test_shards_that_are_not_finite_are_refused(alone, tmp_path):  # noqa: F811
     content = checkpoints.load_checkpoint(path, {})[0]
     with pytest.raises(Damaged, match=r"last.pt: exp_avg of norm.weight has values that are not finite"):
         checkpoints.restore(path, content, model, optimizer, Ranks("fsdp"))
+
+
+@pytest.mark.faults
+def test_shards_of_more_updates_than_steps_are_refused(alone, tmp_path):  # noqa: F811
+    path = sharded(tmp_path, 2)
+    model, _, optimizer, _ = tiny("fsdp")
+    content = checkpoints.load_checkpoint(path, {})[0]
+    checkpoints.restore(path, content, model, optimizer, Ranks("fsdp"))
+    with pytest.raises(Damaged, match="its optimiser has seen 2 updates, not up to 1: restore or delete it"):
+        checkpoints.restore(path, content | {"skipped": 1}, model, optimizer, Ranks("fsdp"))
 
 
 # ---- another one instead
@@ -767,6 +779,21 @@ def test_what_is_not_finite_is_never_saved_and_ends_with_1(tmp_path, monkeypatch
     assert {"step": 5, "unsaved": name} in records(out)
     assert checkpoint(out)["step"] == 3 and checkpoint(out, "best")["step"] == 3
     checkpoints.load_run(out / "last.pt", KINDS)
+
+
+@pytest.mark.faults
+def test_a_loss_of_zero_is_none_to_beat(tmp_path, monkeypatch):
+    """No checkpoint has it as its best one, which would be refused, and no line of a log makes it so."""
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"val_loss": 0.0})
+    out = tmp_path / "run"
+    assert train.main(options(tmp_path, "run", max_iters=2, **SMALL)) == 0
+    assert checkpoint(out)["best"] == math.inf and not (out / "best.pt").exists()
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 1, "val_loss": -5.0, "best": true}\n')
+    monkeypatch.undo()
+    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
+    assert train.main([f"--out_dir={out}", "--resume", "--max_iters=3"]) == 0
+    assert 0 < checkpoint(out, "best")["best"] < math.inf
 
 
 @pytest.mark.faults

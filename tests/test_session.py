@@ -661,12 +661,14 @@ def test_a_pipe_is_set_aside_and_never_waited_for(tmp_path, monkeypatch):
     assert (tmp_path / "run-1" / "log.jsonl").is_fifo() and os.listdir(tmp_path) == ["run-1"]
     os.mkfifo(tmp_path / "log.jsonl")
     monkeypatch.setattr(os, "link", lambda *paths, **_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(30)
     try:
         with pytest.raises(UserError, match=r"log.jsonl cannot be read \(it is a pipe\): move it away"):
             runs.set_aside(tmp_path)
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "run-1"]
 
 
