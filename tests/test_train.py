@@ -1137,7 +1137,7 @@ def test_the_command_that_a_run_ends_with_runs_as_printed(tmp_path, capsys, monk
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
     keys = {"block_size": 206, "max_iters": 1, "n_layer": 1, "pattern": "C", "final_eval_iters": 1} | keys
-    assert train.main(options(tmp_path, "it's $HOME; a\trun", **keys)) == 0
+    assert train.main(options(tmp_path, "it's $HOME; a run", **keys)) == 0
     _, found, line = capsys.readouterr().out.strip().rpartition("; sample it with: ")
     assert bool(found) == bool(expected)
     if expected:
@@ -1205,7 +1205,9 @@ def test_a_run_resumed_with_another_batch_evaluates_on_the_windows_that_it_began
     out, seen = tmp_path / "run", []
     real = train.eval_batches
 
-    def eval_batches(*args):
+    def eval_batches(*args, **one):
+        if one:  # whether there is a target at all
+            return real(*args, **one)
         batches = list(real(*args))
         rows = torch.cat([y for _, y in batches])
         seen.append(rows[(rows != IGNORE).any(1)])
@@ -1247,7 +1249,7 @@ def test_resume_refuses_another_model_and_a_changed_text(tmp_path):
     args = options(tmp_path, "run", max_iters=2, data=text)
     train.main(args)
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    for key, was in (("dim=64", "32"), ("tokenizer=python4096", "'bytes'"), ("block_size=24", "16")):
+    for key, was in (("dim=64", "32"), ("tokenizer=python4096", "'bytes'"), ("block_size=24", "32")):
         with pytest.raises(UserError, match=f"the run in .* has {was}, which --resume cannot change") as caught:
             train.main([*args, "--resume", f"--{key}"])
         way = f"another run with --out_dir=PATH --init_from={tmp_path / 'run'}, from its weights"
