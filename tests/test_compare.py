@@ -404,11 +404,11 @@ def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_processes_save_when_the_comparison_is_stopped(signum):
     """A Ctrl-C, which only the parent hears, a termination, and a death; then the same command goes on to the end."""
-    files = [write(Path("a.toml"), max_iters=600), write(Path("b.toml"), max_iters=600)]
+    files = [write(Path("a.toml"), max_iters=2000), write(Path("b.toml"), max_iters=2000)]
     args = [*files, "--data=text.txt", "--seeds=1", "--rates=0", "--eval_iters=1", "--eval_interval=100000",
             "--final_eval_iters=1", "--jobs=2"]  # fmt: skip
     process = launch(*args)
-    runs = [Path(f"out_compare/{name}/600-steps/seed-1337-rate-0.01") for name in "ab"][: compare.cores()]
+    runs = [Path(f"out_compare/{name}/2000-steps/seed-1337-rate-0.01") for name in "ab"][: compare.cores()]
     for folder in runs:
         wait_for(folder / "log.jsonl", '"step": 20', process)
     os.kill(process.pid, signum)
