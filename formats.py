@@ -225,6 +225,8 @@ def sniff_table(head: bytes, name: str) -> Unfit | None:
 
 def json_object(line: bytes) -> dict | None:
     """The JSON object of a line, None where there is none."""
+    if not line.lstrip().startswith(b"{"):
+        return None
     try:
         record = json.loads(line.decode(), parse_int=lambda digits: int(digits[:4000]))  # int takes no more
     except (ValueError, RecursionError):
@@ -469,14 +471,14 @@ def pieces(root: Path, file: TextFile, field: str) -> Iterator[str]:
 def checked_pieces(root: Path, file: TextFile, field: str) -> Iterator[str]:
     """`pieces`, all of them; UserError, at the end if not before, where they are not the texts that `inspect` saw."""
     digest = hashlib.sha256(b"JSON lines" if file.lines else b"")
-    changed = UserError(f"{root}/{file.name} has changed while it was read: run again")
+    changed = partial(UserError, f"{root}/{file.name} has changed while it was read: run again")
     record: list[str] = []
     chars = 0
     try:
         for text in pieces(root, file, field):
             chars += len(text)
             if chars > file.chars:  # one that grows as fast as it is read would never end
-                raise changed
+                raise changed()
             if not file.lines:
                 digest.update(text.encode())
             elif text:
@@ -487,6 +489,6 @@ def checked_pieces(root: Path, file: TextFile, field: str) -> Iterator[str]:
             yield text
     except (EOFError, ValueError, zlib.error, gzip.BadGzipFile, FileNotFoundError, IsADirectoryError,
             NotADirectoryError):  # fmt: skip
-        raise changed from None
+        raise changed() from None
     if digest.digest() != file.digest:
-        raise changed
+        raise changed()
