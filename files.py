@@ -2,7 +2,7 @@
 
 - `complete_file`: written under a temporary name of its own, which is opened exclusively, so that a planted link is
   never written through, and renamed when its bytes are on the disk.
-- `reason_of` and `file_hash`: what the system says, and whether a file is still what was written.
+- `reason` and `file_hash`: what the system says, and whether a file is still what was written.
 - `remove_leftovers`: what killed processes left under such names. A writer holds a lock of the kernel on its file, so
   that nothing of a living one is taken away.
 - `Lock`: the same lock on a folder; the kernel takes it back when its process ends, however it ends.

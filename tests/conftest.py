@@ -34,3 +34,10 @@ def folder(tmp_path):
     """Forty small texts."""
     files = {f"part{i % 3}/{i}.txt": f"text {i}\nénd {i * i}\n" * 20 for i in range(40)}
     return write_folder(tmp_path / "texts", files)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The peaks of this machine, not measured."""
+    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
+    monkeypatch.setattr("sample.copy_bandwidth", lambda device: 1e9)

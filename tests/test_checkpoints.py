@@ -50,11 +50,7 @@ KINDS = {"model_config": HydraConfig, "train_config": TrainConfig}
 SMALL = {"n_layer": 1, "pattern": "M", "sample_tokens": 0, "eval_iters": 1, "final_eval_iters": 1, "dtype": "float32"}
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """The peaks of this machine, not measured."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
-    monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

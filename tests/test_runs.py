@@ -37,12 +37,7 @@ from configurator import UserError, cli
 from data import tokenizer_hash
 from model import Hydra
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """The peaks of this machine, not measured."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
-    monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -25,11 +25,7 @@ from sample import SampleConfig
 RULE = "-" * 30 + "\n"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """The peaks of this machine, not measured."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
-    monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
