@@ -43,10 +43,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ENOSPC = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """The peaks of this machine, not measured."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(autouse=True)
