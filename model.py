@@ -23,7 +23,7 @@ from attention import KINDS, Context, LayerState, documents, make_context
 from configurator import UserError, need
 from layers import ResidualScale, RMSNorm, SwiGLU, compute_dtype, cross_entropy, linear, loss_chunk
 from machine import choose_backend, compile_blocks, document_masks
-from routing import AUX_RECURSIONS, Record, Routed, Router, is_routed, layer_tokens, recurse, statistics
+from routing import Record, Routed, Router, is_routed, layer_tokens, recurse, recursion_routers, statistics
 
 # Beyond these nothing could be trained, and even to count what it costs would take too long.
 WIDEST, DEEPEST = 2**20, 2048
@@ -61,6 +61,9 @@ class HydraConfig:
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
     mod_capacity: float = 0.0  # part of the tokens that goes through every other block, 0 = all through all (no MoD)
     mor_recursions: int = 1  # the blocks are run this many times, from the second on for fewer tokens, 1 = no MoR
+    mod_aux: float = 0.01  # weight of the auxiliary loss of MoD's routers
+    mor_aux: float = 1e-3  # and of MoR's
+    router: str = "learned"  # or random: a control, of the same capacity, that selects by position alone
     doc_mask: bool = False  # a token sees those of its own document alone, as if that were the whole text
     attn_backend: str = "auto"  # attention core: auto, flex (FlexAttention, compiled) or sdpa
 
@@ -88,6 +91,11 @@ class HydraConfig:
         need(self, "qk_gain", 0 <= self.qk_gain <= 0.5, "choose a value from 0 to 0.5")
         need(self, "attn_backend", self.attn_backend in ("auto", "flex", "sdpa"), "use auto, flex or sdpa")
         need(self, "mod_capacity", 0 <= self.mod_capacity <= 1, "choose a value from 0 (off) to 1")
+        for name in ("mod_aux", "mor_aux"):
+            need(self, name, 0 <= getattr(self, name) <= 1e3, "choose a value from 0 to 1000")
+        need(self, "router", self.router in ("learned", "random"), "use learned or random")
+        remedy = "there is nothing to route: set mod_capacity or mor_recursions"
+        need(self, "router", self.router == "learned" or self.mod_capacity or self.mor_recursions > 1, remedy)
         remedy = f"every other block is routed, so that n_layer={self.n_layer} has none: use two or more"
         need(self, "mod_capacity", self.mod_capacity == 0 or self.n_layer > 1, remedy)
         need(self, "pattern", len(self.pattern) > 0, "name at least one layer, such as MMCCCLML")
@@ -154,10 +162,8 @@ class Hydra(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList()
         for i, letter in enumerate(config.layers):
-            kind = MoD if is_routed(config, i) else Block
-            self.blocks.append(kind(letter, config))
-        routers = [Router(config.dim, AUX_RECURSIONS) for _ in range(config.mor_recursions - 1)]
-        self.recursion_routers = nn.ModuleList(routers)
+            self.blocks.append(MoD(letter, config, i) if is_routed(config, i) else Block(letter, config))
+        self.recursion_routers = nn.ModuleList(recursion_routers(config))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.rope_widths = {block.attn.rope_width for block in self.blocks}
         self.compiled_loss: Callable[..., Tensor] | None = None
@@ -220,8 +226,9 @@ class Hydra(nn.Module):
         ctx = make_context(pos, self.rope_widths, self.config.rope_theta, masks, compute_dtype(self.embed.weight))
         if doc is not None:
             ctx = ctx._replace(doc=doc, masks=document_masks(doc, {block.attn.window for block in self.blocks}, flex))
+        place = pos if self.config.router == "random" else None
         return ctx._replace(lengths=lengths, decoding=decoding, visible=visible, uniform=uniform, static=static,
-                            recompute=self.recompute)  # fmt: skip
+                            recompute=self.recompute, place=place)  # fmt: skip
 
     def forward(self, idx_BT: Tensor, targets_BT: Tensor | None = None) -> Output:
         """Token ids [B, T], targets [B, T] (-1 = ignored) -> Output. UserError for more than block_size tokens."""

@@ -14,6 +14,8 @@ attention, convolutions, shift, state; only RoPE sees the positions that they ha
   The selected tokens come first, the causal mask hides the others behind them. All are computed, except in a prefill on
   a CPU: with fewer rows a product may round differently, and a token's last digits would depend on later tokens. A
   generating state counts the selected tokens of each row: the count is the row's next slot.
+- A control (router = random): who is selected follows from its position alone, by noise, with the same capacity. What a
+  learned router gains over it is what its choices are worth.
 Left out: token choice, keys and values shared between recursions, z-losses, routers with hidden layers.
 
 Shapes: B batch, T tokens, D width, k selected tokens; see attention.py.
@@ -32,7 +34,7 @@ from attention import Context, LayerState
 from machine import document_masks
 
 ROWS = 64  # a prefill rounds its counts up to this, so that few shapes occur
-AUX_DEPTHS, AUX_RECURSIONS = 0.01, 1e-3  # weights of the auxiliary losses of the two papers
+SURE = 1e4  # scale of random scores: a selected token's gate is 1
 
 
 def depth_tokens(capacity: float, T: int) -> int:
@@ -76,6 +78,37 @@ class Router(nn.Module):
             return x_BTD.float() @ self.weight.float()
 
 
+class RandomRouter(nn.Module):
+    """The control: no parameter, no auxiliary loss, and scores that hang on the position alone."""
+
+    aux_weight = 0.0
+
+    def __init__(self, capacity: float, number: int):
+        super().__init__()
+        self.capacity = capacity  # part of the tokens that it selects
+        self.number = number  # no two routers of a model choose alike
+
+    def forward(self, place: Tensor) -> Tensor:
+        """Positions in the text [(B,) T] -> r of that shape: uniform noise, a hash of the position, against the
+        capacity."""
+        h = (place * 2654435761 + self.number * 40503 + 1) & 0xFFFFFFFF
+        h = ((h ^ (h >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
+        h = ((h ^ (h >> 12)) * 0x297A2D39) & 0xFFFFFFFF
+        return (self.capacity - (h ^ (h >> 15)).float() / 2**32) * SURE
+
+
+def make_router(config, capacity: float, aux_weight: float, number: int) -> Router | RandomRouter:
+    if config.router == "random":
+        return RandomRouter(capacity, number)
+    return Router(config.dim, aux_weight)
+
+
+def recursion_routers(config) -> list[Router | RandomRouter]:
+    """Of all recursions but the first."""
+    tokens = [config.mor_recursions - i for i in range(config.mor_recursions)]
+    return [make_router(config, tokens[i] / tokens[i - 1], config.mor_aux, -i) for i in range(1, len(tokens))]
+
+
 class Selection(NamedTuple):
     """The tokens that a router selected."""
 
@@ -114,6 +147,8 @@ def selection_at(index_Bk: Tensor, gate_Bk: Tensor, ctx: Context, lengths_B: Ten
         doc_Bk = ctx.doc.gather(1, index_Bk)
         flex = not any(isinstance(mask, Tensor) for mask in ctx.masks.values())
         ctx = ctx._replace(doc=doc_Bk, masks=document_masks(doc_Bk, {window for _, window in ctx.masks}, flex))
+    if ctx.place is not None:
+        ctx = ctx._replace(place=ctx.place.expand(B, -1).gather(1, index_Bk))
     ctx = ctx._replace(pos=ctx.pos.expand(B, -1).gather(1, index_Bk), rope=rope, lengths=lengths_B)
     return Selection(index_Bk[..., None], gate_Bk[..., None], ctx)
 
@@ -158,9 +193,9 @@ def select_positive(r_BT: Tensor, x_BTD: Tensor, ctx: Context, state: LayerState
     return selection_at(index_Bk, gate_Bk, ctx, lengths_B), record
 
 
-def select(router: Router, k: int, x_BTD: Tensor, ctx: Context, state: LayerState | None) -> Selected:
+def select(router: Router | RandomRouter, k: int, x_BTD: Tensor, ctx: Context, state: LayerState | None) -> Selected:
     """What `router` selects of x; `k` is the training's capacity, `state` the one that counts for these layers."""
-    r_BT = router(x_BTD)
+    r_BT = router(x_BTD) if ctx.place is None else router(ctx.place).expand(x_BTD.shape[:2])
     if ctx.decoding:
         return select_now(r_BT, x_BTD, ctx, state), None
     if state is not None or not router.training:
@@ -179,10 +214,10 @@ class Routed:
 
     routed = True
 
-    def __init__(self, letter: str, config):
+    def __init__(self, letter: str, config, number: int):
         super().__init__(letter, config)
         self.capacity = config.mod_capacity
-        self.router = Router(config.dim, AUX_DEPTHS)
+        self.router = make_router(config, config.mod_capacity, config.mod_aux, number)
 
     def forward(self, x_BTD: Tensor, ctx: Context, state: LayerState | None = None) -> tuple[Tensor, Record]:
         k = depth_tokens(self.capacity, x_BTD.size(1))
@@ -247,7 +282,7 @@ def statistics(depths: Sequence[Router], recursions: Sequence[Router], records: 
     means, aux_loss = [], 0.0
     for router in [*depths, *recursions]:
         calls = [record for owner, record in records if owner is router]  # one a recursion
-        total = sum(calls) if calls else torch.zeros(3, device=router.weight.device)
+        total = sum(calls) if calls else torch.zeros(3, device=records[0][1].device)
         aux_loss = aux_loss + total[0]
         means.append(total.detach() / max(1, len(calls)))
     means = torch.stack(means)

@@ -1,10 +1,14 @@
 """One thread for every test: at these shapes a second one costs more than it gains. And no graphs from a cache: its key
 misses what torch is told of the CPU, so that a run that imitates another CPU would be given graphs of this one."""
 
+import signal
+
 import pytest
 import torch
 import torch._inductor.config
 
+# A shell that starts the tests in the background leaves them, and the processes that they start, deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 torch._inductor.config.fx_graph_cache = False
 

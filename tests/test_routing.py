@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import accounting
 import generate as generation
 import machine
-import model as model_module
 import routing
 import sample
 import train
 from attention import KINDS, make_context
+from configurator import UserError
 from generate import decode, decode_step, generate, new_state, pack, prefill, prefill_step
 from model import Block, Hydra, HydraConfig, MoD
 from routing import Router, Selection
@@ -402,7 +402,9 @@ def test_every_other_block_is_routed_and_runs_are_shared():
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("variant, changes", [*((name, {}) for name in VARIANTS), ("MoD-M", {"window": 5}),
                                               ("MoD in MoR", {"window": 3}), ("MoD in MoR", FAIR[-1] | {"n_layer": 6}),
-                                              ("MoD-L", {"qk_norm": True, "short_conv": 3})], ids=str)  # fmt: skip
+                                              ("MoD-L", {"qk_norm": True, "short_conv": 3}),
+                                              ("MoD-C", {"router": "random"}), ("MoR", {"router": "random"}),
+                                              ("MoD in MoR", {"router": "random"})], ids=str)  # fmt: skip
 def test_decoding_equals_the_evaluation_forward(variant, changes, static):
     """Token by token from prefills of 1, 2 and many tokens, rows of different lengths that route differently."""
     net = make(variant, **changes).eval()
@@ -419,7 +421,7 @@ def test_decoding_equals_the_evaluation_forward(variant, changes, static):
             got = decode(net, idx[rows, L + step], state)
             torch.testing.assert_close(got, full[rows, L + step], rtol=1e-5, atol=1e-5)
         counts = torch.stack([layer["count"] for layer in state.layers if "count" in layer])
-        assert B == 1 or (counts.diff(dim=1) != 0).any()
+        assert B == 1 or net.config.router == "random" or (counts.diff(dim=1) != 0).any()
         assert (counts < state.pos_B).any()
 
 
@@ -647,6 +649,45 @@ def test_a_prefill_computes_less_where_fewer_are_selected(variant, monkeypatch):
     assert len(set(evaluations)) == 1
 
 
+# ---- the control
+
+
+@every_variant
+def test_a_random_router_selects_by_position_alone_and_as_many(variant, monkeypatch):
+    """In training just the capacity, under the rule about as much; the same whatever the tokens, not the same in two
+    layers; selected tokens have a gate of 1, and nothing is learned or added to the loss."""
+    net = make(variant, router="random", block_size=2048)
+    assert not any("router" in name for name, _ in net.named_parameters())
+    seen = selections(monkeypatch)
+    found = net(tokens(2, 256), tokens(2, 256)).routing
+    learned = make(variant, block_size=2048)
+    first, seen[:] = seen[:], []
+    net(tokens(2, 256, seed=5), tokens(2, 256))
+    assert len(first) == len(seen) and all(torch.equal(a.index, b.index) for a, b in zip(first, seen, strict=True))
+    assert all((s.gate > 0.99).float().mean() > 0.8 for s in first)
+    seen[:] = []
+    learned(tokens(2, 256), tokens(2, 256))
+    assert [s.index.shape for s in first] == [s.index.shape for s in seen]
+    same_depth = [s.index for s in first if s.index.shape == first[0].index.shape]
+    assert len(same_depth) < 2 or not torch.equal(same_depth[0], same_depth[1])
+    assert found["aux_loss"] == 0 and found["router_agreement"] > 0.8
+    with torch.no_grad():
+        found = net.eval()(tokens(1, 2048), tokens(1, 2048)).routing
+    if "MoD" in variant:
+        assert found["routed_fraction"] == pytest.approx(0.5, abs=0.06)
+    if "MoR" in variant:
+        assert found["mean_depth"] == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize("keys, words", [
+    ({"router": "random"}, "there is nothing to route"), ({"mod_aux": -1.0}, "mod_aux=-1.0"),
+    ({"router": "x", "mod_capacity": 0.5}, "use learned or random"), ({"mor_aux": float("nan")}, "mor_aux=nan"),
+])  # fmt: skip
+def test_options_that_cannot_be(keys, words):
+    with pytest.raises(UserError, match=words):
+        HydraConfig(**keys)
+
+
 # ---- as a user meets it
 
 
@@ -654,7 +695,7 @@ def test_a_prefill_computes_less_where_fewer_are_selected(variant, monkeypatch):
     (["--mod_capacity=0.25"], {"routed_fraction"}), (["--mor_recursions=3"], {"mean_depth"}),
     (["--mod_capacity=0.25", "--mor_recursions=2"], {"routed_fraction", "mean_depth"}), ([], set()),
 ])  # fmt: skip
-def test_a_run_logs_its_routing_and_its_checkpoint_generates(keys, names, tmp_path, capsys, monkeypatch):
+def test_a_run_logs_its_routing_and_its_checkpoint_generates(keys, names, tmp_path, capsys):
     """`loss` is the language model's: the same as without an auxiliary loss, which moves only the weights."""
     args = ["--dim=32", "--latent_head_dim=0", "--n_head=2", "--n_kv_head=1", "--compression=2",
             "--n_layer=4", "--pattern=MCLM", "--mlp_ratio=1", "--block_size=32",
@@ -664,8 +705,7 @@ def test_a_run_logs_its_routing_and_its_checkpoint_generates(keys, names, tmp_pa
     logs = {}
     for weight in (1, 0):
         if not weight:
-            monkeypatch.setattr(routing, "AUX_DEPTHS", 0.0)
-            monkeypatch.setattr(model_module, "AUX_RECURSIONS", 0.0)
+            args += ["--mod_aux=0", "--mor_aux=0"]
         assert train.main([*args, *keys, f"--out_dir={tmp_path / str(weight)}"]) == 0
         lines = (tmp_path / str(weight) / "log.jsonl").read_text().splitlines()
         logs[weight] = [json.loads(line) for line in lines]
@@ -676,7 +716,7 @@ def test_a_run_logs_its_routing_and_its_checkpoint_generates(keys, names, tmp_pa
     everything = {"aux_loss", "router_agreement", "routed_fraction", "mean_depth"}
     assert all(everything & r.keys() == expected for r in steps)
     assert all({n for n in everything if f"val_{n}" in r} == names for r in validations)
-    assert all(f"{name} " in printed for name in expected) and (names or "router" not in printed.split("step     0")[1])
+    assert all(f"{name} " in printed for name in expected) and (names or "router_" not in printed)
     unaided = [r for r in logs[0] if "grad_norm" in r]
     assert steps[0]["loss"] == unaided[0]["loss"] and (steps[0]["grad_norm"] != unaided[0]["grad_norm"]) == bool(names)
     assert sample.main([f"--out_dir={tmp_path / '1'}", "--prompt=ab", "--prompt=abcd", "--max_new_tokens=9"]) == 0
