@@ -42,7 +42,8 @@ class HydraConfig:
     n_kv_head: int = 4  # G, key/value heads of CCQA and GQA layers
     n_layer: int = 8  # blocks; the pattern is tiled over them
     pattern: str = "MMCCCLML"  # attention of each layer, by its letter
-    mlp_ratio: float = 2.0  # SwiGLU's hidden width over D, rounded up to a multiple of 256
+    mlp_ratio: float = 2.0  # SwiGLU's hidden width over D, rounded up to a multiple of mlp_multiple
+    mlp_multiple: int = 256  # a small one lets shapes have equally many parameters
     compression: int = 4  # C, CCQA's latent is D/C wide
     latent_head_dim: int = -1  # width of CCQA's heads, -1 = what fits, nearest to 32, 0 = D/C/n_head; wider are fewer
     conv_kernel: int = 3  # taps of each of CCQA's two causal convolutions, 0 = no convolution
@@ -69,7 +70,7 @@ class HydraConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "dim", "n_head", "n_kv_head", "n_layer", "compression",
-                     "mor_recursions"):  # fmt: skip
+                     "mlp_multiple", "mor_recursions"):  # fmt: skip
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         need(self, "dim", self.dim <= WIDEST, f"one matrix of dim x dim is {4e-9 * self.dim**2:,.0f} GB: lower it")
         need(self, "vocab_size", self.vocab_size <= MOST_IDS, "ids have 32 bits in a token file: lower it")
@@ -84,6 +85,7 @@ class HydraConfig:
         need(self, "short_conv", 0 <= self.short_conv <= 64, "choose a number from 0 to 64")
         need(self, "rope_fraction", 0 <= self.rope_fraction <= 1, "choose a value from 0 to 1")
         need(self, "alpha", self.alpha in ("fixed", "learned"), "use fixed or learned")
+        need(self, "mlp_multiple", self.mlp_multiple <= 65536, "choose a number such as 256, and at most 65536")
         need(self, "mlp_ratio", 0 < self.mlp_ratio <= 1000, "choose a value above 0, such as 3, and at most 1000")
         need(self, "latent_ratio", 0 < self.latent_ratio <= 1, "choose a value above 0 and at most 1")
         need(self, "rope_theta", 1 <= self.rope_theta <= 1e15, "choose a value from 1 to 1e15, such as 10000")
@@ -112,7 +114,7 @@ class HydraConfig:
 
     @property
     def mlp_hidden(self) -> int:
-        return math.ceil(self.mlp_ratio * self.dim / 256) * 256
+        return math.ceil(self.mlp_ratio * self.dim / self.mlp_multiple) * self.mlp_multiple
 
 
 class Block(nn.Module):

@@ -407,9 +407,12 @@ def test_layers_tile_the_pattern():
     assert [type(block.attn).__name__ for block in net.blocks] == ["GQA", "CCQA", "MLA", "GQA"]
 
 
-def test_the_hidden_width_is_rounded_up_to_256():
+def test_the_hidden_width_is_rounded_up_to_a_multiple():
     for ratio, hidden in ((1.0, 256), (4.0, 256), (4.01, 512), (8.0, 512), (1000.0, 64000)):
         assert HydraConfig(**SHAPE | {"mlp_ratio": ratio}).mlp_hidden == hidden
+    for ratio, multiple, hidden in ((1.0, 8, 64), (1.3125, 8, 88), (1.01, 4, 68), (1.01, 64, 128)):
+        config = HydraConfig(**SHAPE | {"mlp_ratio": ratio, "mlp_multiple": multiple})
+        assert config.mlp_hidden == Hydra(config).blocks[0].mlp.down.in_features == hidden
 
 
 def test_too_long_a_text_is_refused():
