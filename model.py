@@ -37,7 +37,7 @@ class HydraConfig:
 
     vocab_size: int = 4096  # size of the vocabulary, at least the tokenizer's
     block_size: int = 256  # T, the longest text that the model is trained on, in tokens
-    dim: int = 256  # D, model width
+    dim: int = 192  # D, model width
     n_head: int = 4  # H, query heads of every layer
     n_kv_head: int = 4  # G, key/value heads of CCQA and GQA layers
     n_layer: int = 8  # blocks; the pattern is tiled over them

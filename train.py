@@ -86,14 +86,14 @@ class TrainConfig:
     cache_dir: AnyPath = "cache"  # folder of the token files
     batch_size: int = 4  # sequences in one forward, over all processes
     gradient_accumulation_steps: int = 1  # forwards and backwards in one step
-    max_iters: int = 800  # steps of the run; where one of the next three is set, that one ends it instead
+    max_iters: int = 750  # steps of the run; where one of the next three is set, that one ends it instead
     max_tokens: int = 0  # tokens, rounded up to a step; 0 = not set
     max_flops: float = 0.0  # training FLOPs, rounded up to a step; 0 = not set
     max_seconds: float = 0.0  # seconds of training: evaluations and compilation do not count; 0 = not set
     schedule: str = "cosine"  # behind the warmup: cosine, or wsd (constant, then linear)
     decay_ratio: float = 0.2  # wsd: part of the run, its last, in which the rate falls
-    learning_rate: float = 1.4e-3  # peak learning rate
-    warmup_iters: int = 80  # steps of linear warmup
+    learning_rate: float = 2e-3  # peak learning rate
+    warmup_iters: int = 75  # steps of linear warmup
     min_lr_ratio: float = 0.1  # the schedule ends at this part of learning_rate
     weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9  # AdamW, decay of the gradient's mean

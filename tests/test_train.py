@@ -1437,12 +1437,23 @@ def test_tiny_is_the_default_run_written_out():
 
 def test_the_baselines_have_the_size_of_the_default_run():
     config, run = shipped("tiny")
-    for name, letter in (("tiny_mha", "A"), ("tiny_gqa", "G")):
+    for name, letter in (("tiny_mha", "A"), ("tiny_mha_fair", "A"), ("tiny_gqa", "G")):
         other, its_run = shipped(name)
-        assert set(other.layers) == {letter} and other.vocab_size == config.vocab_size
-        assert abs(count_params(other) / count_params(config) - 1) < 0.03
+        assert set(other.layers) == {letter} and (other.vocab_size, other.dim) == (config.vocab_size, config.dim)
+        assert abs(count_params(other) / count_params(config) - 1) < 0.01
         tokens = [r.max_iters * r.batch_size * r.gradient_accumulation_steps for r in (its_run, run)]
         assert tokens[0] * other.block_size == tokens[1] * config.block_size
+
+
+def test_contestants_have_equally_many_parameters():
+    """Within 1% of the hybrid, and the same tokens and schedule for all."""
+    config, run = shipped("learning/hybrid")
+    names = [path.stem for path in (ROOT / "config" / "learning").glob("*.toml")]
+    assert len(names) > 30
+    for name in names:
+        other, its_run = shipped(f"learning/{name}")
+        assert abs(count_params(other) / count_params(config) - 1) < 0.01, name
+        assert its_run == run and (other.dim, other.block_size) == (config.dim, config.block_size), name
 
 
 def test_small_medium_and_large_are_the_architectures():
