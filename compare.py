@@ -9,7 +9,8 @@ Each file is a contestant, options hold for all of them; the first one is what t
   seconds are max_seconds, else what it took for its tokens, and those runs are made one at a time. The rate is that at
   equal tokens. A warmup that is no option stays the part of a run that it is in the file.
 - The runs are train.py's, in OUT_DIR/CONTESTANT/.. (trials.py): a comparison that was stopped goes on where it was.
-The last line is one JSON object; OUT_DIR/compare.json has the learning curves too, for plot.py.
+The last line is one JSON object; OUT_DIR/compare.json has the learning curves too, for plot.py, and
+`python compare.py STORED.json ..` prints the tables of such files in Markdown.
 Left out: corrections for many comparisons, contestants on different texts.
 """
 
@@ -396,6 +397,46 @@ def table(rows: list[dict]) -> Iterator[str]:
         yield "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
+def markdown(found: dict) -> Iterator[str]:
+    """The tables of a stored comparison, lines of a README."""
+    for basis, result in found["bases"].items():
+        lines = [["contestant", "rate", "tokens/parameter", "training FLOPs", "state bytes/token", "mean (sd)",
+                  f"against {found['reference']}, 95% interval", "p", "verdict"]]  # fmt: skip
+        for row in result["rows"]:
+            mean = "diverged" if row["mean"] is None else f"{row['mean']:.4f}"
+            if row["sd"] is not None:
+                mean += f" ({row['sd']:.4f})"
+            against, p = "", ""
+            if row.get("p") is not None:
+                against = f"{row['difference'] / (row['mean'] - row['difference']):+.1%}: {row['difference']:+.4f} "
+                against += f"({row['low']:+.4f} to {row['high']:+.4f})"
+                p = f"{row['p']:.2g}"
+            lines.append([row["contestant"], f"{row['rate']:.3g}", f"{row['tokens_per_parameter']:.2g}",
+                          f"{row['flops']:.3g}", f"{row['state_bytes_per_token']:,.0f}", mean, against, p,
+                          row["verdict"]])  # fmt: skip
+        yield f"Equal {basis}, {found['measure']} on {found['validation_tokens']:,} tokens, {row['runs']} seeds:"
+        yield ""
+        yield "| " + " | ".join(lines[0]) + " |"
+        yield "|---" * len(lines[0]) + "|"
+        yield from ("| " + " | ".join(cells) + " |" for cells in lines[1:])
+        yield ""
+
+
+def print_stored(paths: list[str]) -> int:
+    """Markdown of comparisons' JSON files."""
+    for path in paths:
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            lines = list(markdown(found))
+        except OSError as error:
+            raise UserError(f"{path!r} cannot be read: {error.strerror}: give a readable file") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path!r} is no JSON of a comparison: name a compare.json") from error
+        print(f"`{found['command']}` ({found['date'][:10]})\n")
+        print("\n".join(lines))
+    return 0
+
+
 def remarks(contest: Contest, tried: dict[str, dict[float, float]], rows: dict[str, list[dict]]) -> Iterator[str]:
     """What keeps the rows from meaning what they seem to."""
     first = contest.first
@@ -472,6 +513,8 @@ def open_log(out: Path) -> TextIO:
 
 
 def main(argv: list[str]) -> int:
+    if argv and all(word.endswith(".json") and not word.startswith("-") for word in argv):
+        return print_stored(argv)
     options, given, entrants = configure(argv)
     out = Path(given.get("out_dir", "out_compare"))
     contest = Contest(options, given, entrants, out, min(options.jobs, cores()))

@@ -238,6 +238,27 @@ def test_what_a_row_says(made):
     assert "b has -" in notes and "more than 1% apart" in notes and "less than 5 tokens a parameter" in notes
 
 
+def test_a_stored_comparison_is_printed_in_markdown(made, capsys):
+    """Every row, with what the file says; and nothing is trained."""
+    files = [write(Path(f"{name}.toml"), learning_rate=rate) for name, rate in (("a", 0.01), ("b", 0.003))]
+    result = run(*files, "--seeds=3", "--rates=0", "--equal=tokens,flops")
+    made.clear()
+    capsys.readouterr()
+    assert compare.main(["out_compare/compare.json", "out_compare/compare.json"]) == 0
+    assert not made
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0].startswith("`python compare.py --data=text.txt --jobs=1") and out.count("Equal flops, bits/byte") == 2
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| b ")]
+    assert len(rows) == 4
+    row = result["bases"]["tokens"]["rows"][1]
+    assert rows[0][5] == f"{row['mean']:.4f} ({row['sd']:.4f})" and rows[0][8].strip(" |") == row["verdict"]
+    part = row["mean"] / result["bases"]["tokens"]["rows"][0]["mean"] - 1
+    assert rows[0][6] == f"{part:+.1%}: {row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+    widths = {line.count("|") for line in lines if line.startswith("|")}
+    assert widths == {10}
+
+
 def test_each_basis_has_its_lengths_and_no_run_is_made_twice(made):
     """b has more FLOPs a token, and batches of twice the tokens."""
     files = [write(Path("a.toml")), write(Path("b.toml"), dim=32, batch_size=4)]
@@ -454,6 +475,15 @@ def test_bad_input_is_one_clear_line(args, words, made):
     with pytest.raises(UserError, match=words) as error:
         run(*args)
     assert "\n" not in str(error.value) and not made and not Path("out_compare").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", "{}", '{"bases": {"tokens": {"rows": [{}]}}}', '{"tables": {}}'])
+def test_what_is_no_stored_comparison(content):
+    if content is not None:
+        Path("x.json").write_text(content)
+    words = "'x.json' is no JSON of a comparison" if content is not None else "'x.json' cannot be read: No such file"
+    with pytest.raises(UserError, match=words):
+        compare.main(["x.json"])
 
 
 def test_it_starts_its_own_processes(made, monkeypatch):
