@@ -51,6 +51,15 @@ def test_nineteen_of_twenty_intervals_hold_the_truth():
     assert 0.92 < inside / 400 < 0.99
 
 
+def test_any_number_of_shapes_can_be_fitted():
+    """By a table of t that ended at ten degrees of freedom, thirteen could not."""
+    x = [float(i) for i in range(13)]
+    trend = scaling.fit(x, [a + 0.1 * (-1) ** int(a) for a in x])
+    _, low, high = trend.predict(6.0)
+    variance = 0.01 * (13 - 1 / 13) / 11
+    assert trend.sloped and high - low == pytest.approx(2 * 2.2010 * math.sqrt(variance * 14 / 13), rel=1e-4)
+
+
 def test_extremes_of_a_fraction_can_be_fitted():
     none, all_ = scaling.logit(0.0), scaling.logit(1.0)
     assert none == pytest.approx(-all_) and none < -4
