@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from accounting import skeleton
 from configurator import UserError, build, key_types, typed
-from files import Damaged, check_regular, saved_file
+from files import Damaged, check_regular, saved_file, saving, second_name
 from model import HydraConfig
 from parallel import (
     ALONE,
@@ -503,12 +503,9 @@ class Kept(NamedTuple):
         """Before `path`, last.pt, of this step, is replaced: give it a second name, if it may stay."""
         if step is None or (self.last == 1 and not self.stays(step)):
             return
-        kept = path.with_name(f"step-{step}.pt")
-        try:
-            os.link(path, kept)
-        except OSError:  # no links here, or there is one of a run that went on from an earlier step
-            with saved_file(kept) as file, path.open("rb") as old:
-                shutil.copyfileobj(old, file)
+        kept = path.with_name(f"step-{step}.pt")  # there may be one, of a run that went on from an earlier step
+        with saving(kept):
+            second_name(path, kept)
 
     def stays(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
