@@ -48,7 +48,7 @@ from accounting import (
     step_bytes,
 )
 from attention import KINDS, ccqa_heads, letters_help
-from configurator import AnyPath, UserError, build, cli, need, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, command, need, parse, to_toml
 from files import write_text
 from generate import Replayed, compile_decoding, decode_step, new_state, pack, prefill, take_slot
 from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, peak_of, ratio, spread
@@ -131,6 +131,7 @@ class Bench:
     short: bool = False  # every table, cut
     dtypes: tuple[str, ...] = tuple(DTYPES)
     result: dict = field(default_factory=lambda: {"notes": [], "tables": {}})  # what is stored
+    table: str = ""  # the present one
     until: float = math.inf  # time.perf_counter() at which the present table's time is over
     failed: bool = False
 
@@ -148,6 +149,7 @@ class Bench:
     def take(self, table: str, rows: Iterator[dict]) -> None:
         """Print and store rows as they come. What fails is the last one; a UserError of the only table is raised."""
         print(f"\n== {table}", flush=True)
+        self.table = table
         self.until = time.perf_counter() + (SHORT_SECONDS if self.short else math.inf)
         found = self.result["tables"].setdefault(table, [])
         columns: list[str] = []
@@ -343,7 +345,7 @@ def labelled(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, r
         return label | {"left_out": UNASKED}
     seconds = 11 * runs * sum(step_flops(*case, B, T) for case in what.values()) / bench.peaks[dtype]
     if time.perf_counter() + seconds > bench.until:  # four rounds at a third of the peak
-        return label | {"left_out": "no time in the short run, python bench.py TABLE has it"}
+        return label | {"left_out": f"no time in the short run ({command('bench.py', bench.table)} has it)"}
     gc.collect()  # models are in cycles with their hooks and closures
     free = free_memory(bench.device)
     kept, needed = 0, 0

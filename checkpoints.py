@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from accounting import skeleton
-from configurator import UserError, build, key_types, typed
+from configurator import UserError, build, command, key_types, typed
 from files import Damaged, check_regular, saved_file, saving, second_name
 from model import HydraConfig
 from parallel import (
@@ -294,8 +294,13 @@ def offers_another(lost: Path, kinds: dict[str, type] | None = None) -> Iterator
         what = f"step {step}"
         if path.name == "best.pt":
             what = f"the weights of step {step} (the optimiser's state is lost)"
-        command = f"python train.py --resume={shlex.quote(str(path))}"
-        raise UserError(f"{error}; or go on from {what}: {command}") from error
+        raise UserError(f"{error}; or go on from {what}: {command('train.py', resume=path)}") from error
+
+
+def from_weights(folder: Path, **options: int | float | str) -> str:
+    """The command that starts another run from the weights of the one in `folder`."""
+    return command("train.py", **{name: value for name, value in options.items() if value != ""}, init_from=folder,
+                   out_dir="PATH")  # fmt: skip
 
 
 def resumable(path: Path, given: dict, model_config: type, train_config: type) -> tuple[dict, list[str]]:
@@ -307,10 +312,12 @@ def resumable(path: Path, given: dict, model_config: type, train_config: type) -
     fixed = checkpoint["model_config"] | {name: trained[name] for name in ("tokenizer", "init_from")}
     for name, value in fixed.items():
         if name != "attn_backend" and given.get(name, value) != value:
-            way = f" --init_from={shlex.quote(str(path.parent))}" if name in FREE else ""
+            way = "with --out_dir=PATH"
+            if name in FREE:
+                new = {"data": trained["data"]} | {name: given[name]}
+                way = f"from its weights: {from_weights(path.parent, **new)}"
             raise UserError(f"{name}={given[name]!r}: the run in {path.parent} has {value!r}, which --resume cannot "
-                            f"change: leave it out, or start another run with --out_dir=PATH{way}"
-                            f"{', from its weights' if way else ''}")  # fmt: skip
+                            f"change: leave it out, or start another run {way}")  # fmt: skip
     return checkpoint, notes
 
 
@@ -345,7 +352,7 @@ def check_source(config: HydraConfig, source: dict, run, tokenizer: str) -> None
     """UserError where the weights of the run `source` are for another tokenizer or another model."""
     if source["tokenizer"] != tokenizer:
         raise UserError(f"init_from={run.init_from!r}: it was trained on the tokens of another tokenizer: use its own, "
-                        f"--tokenizer={source['train_config']['tokenizer']}")  # fmt: skip
+                        + shlex.quote(f"--tokenizer={source['train_config']['tokenizer']}"))  # fmt: skip
     (other,) = build(source["model_config"], HydraConfig)
     changed = [name for name in asdict(config) if getattr(config, name) != getattr(other, name) and name not in FREE]
     one, two = ({name: p.shape for name, p in skeleton(c).named_parameters()} for c in (config, other))
@@ -551,8 +558,9 @@ def save_run(path: Path, content: dict, model: nn.Module, optimizer: torch.optim
 
 def check_text(checkpoint: dict, ids: dict[str, str], out: Path, data: str) -> None:
     """UserError where a resumed run would not see the text and the tokens that it began with."""
+    ways = {"tokenizer": "", "text": f", or start another run from its weights: {from_weights(out, data=data)}"}
     for name, what in (("fingerprint", "text"), ("tokenizer", "tokenizer")):
         if checkpoint[name] != ids[name]:
             change = f"({ids[name][:12]}, not {checkpoint[name][:12]})"
-            raise UserError(f"data={data!r}: the {what} has changed since the run in {out} began {change}: restore it, "
-                            f"or start a new run from its weights: --init_from={out} --out_dir=PATH")  # fmt: skip
+            raise UserError(f"data={data!r}: the {what} has changed since the run in {out} began {change}: restore it"
+                            + ways[what])  # fmt: skip

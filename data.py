@@ -96,7 +96,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     names = ["python4096", "bytes", *tiktoken.list_encoding_names()]
     path = Path(os.path.expanduser(name))
     if name not in names and (os.path.isfile(path) or len(path.parts) > 1 or path.suffix):
-        ranks = read_ranks(path, "give a file that `python data.py train_tokenizer OUT` wrote")
+        ranks = read_ranks(path, f"give a file that `{command('data.py', 'train_tokenizer', 'OUT')}` wrote")
         return make_encoding(re.sub(r"[^\w.-]", "_", path.stem)[:40], PATTERN, ranks)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names

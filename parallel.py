@@ -194,7 +194,7 @@ def pooled(machine: Machine, ranks: Ranks) -> Machine:
     first = ranks.first(machine)
     facts = first.facts | {"processes": f"{ranks.size}, {ranks.mode}"}
     if ranks.mode == "fsdp":
-        facts["samples"] = "none, since no rank has the whole model: python sample.py reads best.pt and last.pt"
+        facts["samples"] = "none, since no rank has the whole model: sample.py reads best.pt and last.pt"
     listed = first.listed_peak * ranks.size if first.listed_peak else None
     return first._replace(device=machine.device, peak=first.peak * ranks.size, listed_peak=listed, facts=facts)
 

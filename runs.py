@@ -238,7 +238,7 @@ def check_resumable(out: Path, path: Path) -> None:
     for folder in numbered(out):
         if (folder / "last.pt").is_file():
             raise UserError(f"{out / 'last.pt'} does not exist, the latest run of this folder was set aside: go on "
-                            f"with it by --resume --out_dir={shlex.quote(str(folder))}")  # fmt: skip
+                            f"with it: {command('train.py', '--resume', out_dir=folder)}")  # fmt: skip
 
 
 # ---- the next command

@@ -828,7 +828,7 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
         train.main([f"--out_dir={tmp_path / 'first'}", "--resume", "--init_from=x", "--max_iters=5"])
     with pytest.raises(UserError, match=r"nowhere does not exist: .* with --init_from=PATH$"):
         train.main([*args, f"--init_from={tmp_path / 'nowhere'}"])
-    with pytest.raises(UserError, match=r"start a new run from its weights: --init_from=.*first --out_dir=PATH"):
+    with pytest.raises(UserError, match="the text has changed since .*: restore it, or start another run from its we"):
         train.main([f"--out_dir={tmp_path / 'first'}", "--resume", f"--data={other}", "--max_iters=5"])
 
 
@@ -887,6 +887,13 @@ def test_a_run_that_began_from_another_goes_on_from_itself(tmp_path):
     train.main(keys)
     assert train.main([*keys, "--resume", "--max_iters=3"]) == 0
     assert [r["resumed_at"] for r in records(tmp_path / "tuned") if "resumed_at" in r] == [2]
+
+
+def test_the_tokenizer_of_weights_can_be_pasted():
+    source = {"tokenizer": "its", "train_config": {"tokenizer": "/my folder/it's.tiktoken"}}
+    with pytest.raises(UserError) as caught:
+        checkpoints.check_source(shape(), source, TrainConfig(init_from="it"), "another")
+    assert shlex.split(str(caught.value).partition(": use its own, ")[2]) == ["--tokenizer=/my folder/it's.tiktoken"]
 
 
 def test_what_init_from_may_change_and_what_not():
@@ -1252,14 +1259,32 @@ def test_resume_refuses_another_model_and_a_changed_text(tmp_path):
     for key, was in (("dim=64", "32"), ("tokenizer=python4096", "'bytes'"), ("block_size=24", "32")):
         with pytest.raises(UserError, match=f"the run in .* has {was}, which --resume cannot change") as caught:
             train.main([*args, "--resume", f"--{key}"])
-        way = f"another run with --out_dir=PATH --init_from={tmp_path / 'run'}, from its weights"
-        assert (way in str(caught.value)) == key.startswith("block")
+        assert ("another run from its weights: " in str(caught.value)) == key.startswith("block")
     with pytest.raises(UserError, match="max_iters=1: the run in .* is at step 2"):
         train.main([*args, "--resume", "--max_iters=1"])
     text.write_text("other text\n" * 200)
     with pytest.raises(UserError, match="the text has changed since the run"):
         train.main([*args, "--resume"])
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_what_starts_another_run_can_be_pasted(tmp_path, monkeypatch):
+    """Where a resumed run cannot have another block or another text: with paths that need quotes, from anywhere."""
+    text = tmp_path / "it's a $HOME.txt"
+    text.write_text("abc def\n" * 200)
+    train.main(options(tmp_path, "a run", max_iters=1, n_layer=1, data=text, sample_tokens=0))
+    for i, change in enumerate((["--block_size=24"], [])):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with pytest.raises(UserError) as caught:
+            train.main([f"--out_dir={tmp_path / 'a run'}", "--resume", *change])
+        words = shlex.split(str(caught.value).partition(", or start another run from its weights: ")[2])
+        assert words[:2] == ["python", str(ROOT / "train.py")]
+        assert train.main([*words[2:], "--max_iters=0", "--sample_tokens=0"]) == 0
+        found = records(folder / "PATH")[0]["config"]
+        assert (found["data"], found["block_size"]) == (str(text), (24, 32)[i])
+        text.write_text("other text\n" * 200)
 
 
 def test_best_is_the_lowest_validation_and_last_is_the_last(tmp_path):
