@@ -50,7 +50,7 @@ PARTS = {"model_config": dict, "train_config": dict, "fingerprint": str, "tokeni
 OPTIONAL = {"launch": str, "eval_windows": int, "optimizer": dict}
 # what --init_from may change: the weights are for every value of it
 FREE = ("block_size", "window", "rope_theta", "rope_fraction", "norm_eps", "qk_gain", "ccqa_norm", "value_shift",
-        "doc_mask", "attn_backend")  # fmt: skip
+        "doc_mask", "mod_aux", "mor_aux", "attn_backend")  # fmt: skip
 YOUNGER = ("running", "seconds")  # counters that older checkpoints lack
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter
 CHUNK = 1 << 22  # bytes that are read at once
