@@ -32,15 +32,8 @@ import torch
 from configurator import AnyPath, UserError, build, cli, command, need, parse, usable_path
 from files import complete_file, reason, write_text
 from formats import MAGIC
-from shards import (
-    Shard,
-    check_apart,
-    files_beside,
-    find_shards,
-    open_shard,
-    validation_shards,
-    write_shards,
-)
+from machine import in_turns
+from shards import Shard, check_apart, copies, files_beside, find_shards, open_shard, validation_shards, write_shards
 from sources import Texts, encode, no_effect, part_pieces, read_texts, split_warning
 
 EOT = "<|endoftext|>"
@@ -304,11 +297,7 @@ def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_
         digest.update(shard.sample())
     train, val = (Tokens(side) for side in shards.values())
     ids = f"ids of {enc.name}" if enc else "ids of a tokenizer that is not named: nats per token only, no samples"
-    warnings = []
-    trained = {hashlib.sha256(shard.content()).digest() for shard in shards["train"]}
-    for shard in shards["val"]:
-        if hashlib.sha256(shard.content()).digest() in trained:
-            warnings.append(f"{shard.path} looks like a copy of a training shard: {OTHER_SHARDS}")
+    warnings = [f"{path} looks like a copy of a training shard: {OTHER_SHARDS}" for path in copies(*shards.values())]
     if beside:
         warnings.append(f"{data} has token shards, beside which {len(beside)} other files are not read, "
                         f"such as {beside[0]}: give texts without shards, or shards alone")
@@ -533,28 +522,26 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
 
 
 def bench(options: CommandConfig) -> None:
-    """Time what `prepare` does with a text's content beside one call of tiktoken, in turns."""
+    """Time what `prepare` does with a text's content beside one call of tiktoken."""
     enc = get_tokenizer(options.tokenizer)
     texts = command_texts(options)
     print_warnings(*texts.warnings)
     text = "".join(piece for part in texts.parts for piece in part_pieces(part))
 
-    def ours() -> int:
-        return sum(len(ids) for part in texts.parts for ids in encode(part, enc))
+    cpu_seconds = []
 
-    def single_call() -> int:
-        return len(enc.encode_ordinary(text))
+    def ours() -> None:
+        began = time.process_time()
+        for part in texts.parts:
+            for _ in encode(part, enc):
+                pass
+        cpu_seconds.append(time.process_time() - began)
 
-    seconds: dict = {ours: [], single_call: []}
-    began = time.perf_counter()
-    while len(seconds[ours]) < 5 and time.perf_counter() - began < 15:
-        for run, times in seconds.items():
-            start, cpu = time.perf_counter(), time.process_time()
-            run()
-            times.append((time.perf_counter() - start, time.process_time() - cpu))
+    calls = {"ours": ours, "one call": lambda: enc.encode_ordinary(text)}
+    times = in_turns(calls, 5, torch.device("cpu"), limit=5)
     size = sum(part.size for part in texts.parts) / 1e6
-    (mine, cpu), (one, _) = (map(statistics.median, zip(*times, strict=True)) for times in seconds.values())
-    print(f"{texts.title}, tokenizer {enc.name}, medians of {len(seconds[ours])}: this program "
+    cpu, mine, one = map(statistics.median, (cpu_seconds, *times.values()))
+    print(f"{texts.title}, tokenizer {enc.name}, medians of {len(times['ours'])}: this program "
           f"{size / mine:.1f} MB/s (it got {cpu / mine:.1f} cores), one call of tiktoken {size / one:.1f} MB/s, "
           f"ratio {one / mine:.2f}")
 
