@@ -3,7 +3,7 @@
 - The texts and their split: sources.py.
 - Tokenizers: `python4096` (its ranks are shipped), `bytes`, a rank file of your own, and the named encodings of
   tiktoken, downloaded by it.
-- Token files, memory-mapped; their header and ids are checked by hashes. Shards of other projects: shards.py.
+- The files that texts are encoded into: tokenfiles.py. Shards of other projects: shards.py.
 - Batches: a pure function of (seed, step), drawn with replacement or in shuffled epochs, nothing to save or to replay;
   evaluation windows meet every target exactly once. No window crosses from one shard into the next.
 `python data.py --help` lists the commands. `train_tokenizer OUT` wrote config/python4096.tiktoken, and writes the same
@@ -15,7 +15,6 @@ import base64
 import difflib
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import re
@@ -30,11 +29,11 @@ import tiktoken
 import torch
 
 from configurator import AnyPath, UserError, build, cli, command, need, parse, usable_path
-from files import complete_file, reason, write_text
-from formats import MAGIC
+from files import reason, write_text
 from machine import in_turns
 from shards import Shard, check_apart, copies, files_beside, find_shards, open_shard, validation_shards, write_shards
 from sources import Texts, encode, no_effect, part_pieces, read_texts, split_warning
+from tokenfiles import VERSION, load_tokens, tokenizer_hash, write_tokens
 
 EOT = "<|endoftext|>"
 RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
@@ -45,7 +44,6 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 # the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
-VERSION, HEADER = 3, 1024  # raise VERSION with any change of header, split or choice of files
 OTHER_SHARDS = "give other shards with --val_data=PATH"
 USAGE = "python data.py (train_tokenizer OUT, shard OUT or bench) [--key=value ...], see --help"
 
@@ -106,14 +104,6 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     return enc
 
 
-def tokenizer_hash(enc: tiktoken.Encoding | None) -> str:
-    """sha256 of all that decides the ids of a text: pattern, special tokens, ranks; "none" of no tokenizer."""
-    if enc is None:
-        return "none"
-    parts = (enc._pat_str, sorted(enc._special_tokens.items()), sorted(enc._mergeable_ranks.items()))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 def stored_tokenizer(name: str, stored_hash: str) -> tiktoken.Encoding:
     """The tokenizer of a run, which stored its name and hash. Raises UserError: it had none, or it has changed."""
     if stored_hash == "none":
@@ -152,92 +142,6 @@ def token_text(enc: tiktoken.Encoding, token: int) -> bytes:
 def text_of(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
     """The text of ids, with a replacement sign for a character that is cut."""
     return b"".join(token_text(enc, token) for token in tokens).decode("utf-8", errors="replace")
-
-
-# ---- token files
-
-def sealed(head: bytes) -> bytes:
-    """A header of HEADER bytes: its text, spaces, and the sha256 of both in hexadecimal."""
-    text = head.ljust(HEADER - 64)
-    return text + hashlib.sha256(text).hexdigest().encode()
-
-
-def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encoding, source: str) -> None:
-    """A token file: a header of HEADER bytes (MAGIC, JSON, spaces, sha256 of these), then the ids, whose sha256 is in
-    the JSON. Complete, or not there at all."""
-    dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
-    count, digest = 0, hashlib.sha256()
-    with complete_file(path) as file:
-        file.write(bytes(HEADER))
-        for some in ids:
-            content = np.array(some, dtype).tobytes()
-            file.write(content)
-            digest.update(content)
-            count += len(some)
-        if count < 2:
-            raise UserError(f"{path} would have {count} tokens: its text has changed while it was read: run again")
-        meta = {"version": VERSION, "dtype": dtype, "tokenizer": enc.name, "tokenizer_hash": tokenizer_hash(enc),
-                "vocab_size": enc.n_vocab, "tokens": count, "source": source, "sha256": digest.hexdigest()}
-        file.seek(0)
-        file.write(sealed(MAGIC + json.dumps(meta).encode()))
-
-
-def digest_and_top(path: str | Path, dtype: np.dtype) -> tuple[str, int]:
-    """sha256 of a token file's ids, and the highest of them. They are read, not mapped: the pages of a map that were
-    touched count as memory of the process. Raises OSError."""
-    digest, top = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        file.seek(HEADER)
-        while len(some := np.fromfile(file, dtype, 1 << 22)):
-            digest.update(some)
-            top = max(top, int(some.max()))
-    return digest.hexdigest(), top
-
-
-def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | None = None) -> np.memmap:
-    """The ids of a token file, memory-mapped. Raises UserError: foreign (no token file, or not made from the text with
-    the fingerprint `source`), damaged, too short, an id >= vocab_size."""
-    def bad(reason: str) -> UserError:
-        return UserError(f"{path}: {reason}; delete it, and it will be built again from the text")
-
-    def unreadable(error: OSError) -> UserError:
-        return UserError(f"{path}: cannot read the token file ({error.strerror}); check --cache_dir")
-
-    try:
-        with open(path, "rb") as file:
-            head, size = file.read(HEADER), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise unreadable(error) from error
-    if not head.startswith(MAGIC):
-        raise bad("not a token file" if head else "empty file")
-    if len(head) < HEADER:
-        raise bad("truncated within its header")
-    try:
-        meta = json.loads(head[len(MAGIC):HEADER - 64])
-        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
-        count, version = int(meta["tokens"]), meta["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise bad(f"damaged header ({type(error).__name__})") from error
-    if version != VERSION:
-        raise bad(f"token file of version {version!r}, this program reads version {VERSION}")
-    if head != sealed(head[:HEADER - 64]):
-        raise bad("damaged header (its hash is another)")
-    if size != HEADER + count * dtype.itemsize:
-        raise bad(f"truncated or damaged, {size} bytes instead of {HEADER + count * dtype.itemsize}")
-    if source is not None and meta.get("source") != source:
-        raise bad("made from another text")
-    if count < 2:
-        raise bad(f"too short, {count} tokens")
-    try:
-        digest, top = digest_and_top(path, dtype)
-    except OSError as error:
-        raise unreadable(error) from error
-    if digest != meta.get("sha256"):
-        raise bad("damaged, its ids have another hash than when they were written")
-    if vocab_size is not None and top >= vocab_size:
-        raise UserError(f"{path}: token id {top} is beyond vocab_size {vocab_size}; set --vocab_size={top + 1} or "
-                        "more, or delete the file, and it will be built again")
-    return np.memmap(path, dtype, "r", HEADER, (count,))
 
 
 # ---- token sequences and corpora

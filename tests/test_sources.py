@@ -27,6 +27,7 @@ from test_train import options
 import data
 import formats
 import sources
+import tokenfiles
 import train
 from configurator import UserError
 
@@ -903,7 +904,7 @@ def test_no_token_file_is_empty(tmp_path):
     enc = data.get_tokenizer("bytes")
     for ids in ([], [[]], [[], [1]]):
         with pytest.raises(UserError, match="t.bin would have [01] tokens: its text has changed"):
-            data.write_tokens(tmp_path / "t.bin", iter(ids), enc, "")
+            tokenfiles.write_tokens(tmp_path / "t.bin", iter(ids), enc, "")
     assert os.listdir(tmp_path) == []
 
 
