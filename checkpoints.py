@@ -35,7 +35,7 @@ from model import HydraConfig
 from parallel import (
     ALONE,
     Ranks,
-    check_parts,
+    check_shards,
     contents,
     gathered,
     launch_id,
@@ -222,20 +222,6 @@ def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | s
         except UserError as error:
             raise Damaged(f"{path} is damaged, with options that cannot be ({error}): {mending(path)}") from error
     return checkpoint, notes
-
-
-def check_shards(path: Path, checkpoint: dict) -> list[str]:
-    """What is to be said of its sharded files. Damaged where they are not those that it was written with."""
-    name, hashes = checkpoint["shards"], checkpoint.get("hashes")
-    if not re.fullmatch(r"shards-\d+", name):
-        raise Damaged(f"{path} is no checkpoint of this project, it names {name!r} as its folder: restore it")
-    if hashes is None:
-        return [f"{path} is older than the hashes of sharded files: those in {name} are not checked for damage"]
-    texts = [*hashes.keys(), *hashes.values()] if type(hashes) is dict else [None]
-    if not all(type(text) is str and "/" not in text for text in texts):
-        raise Damaged(f"{path} is no checkpoint of this project, its hashes are none: restore it")
-    check_parts(path.with_name(name), hashes)
-    return []
 
 
 def load_run(path: Path, kinds: dict[str, type], option: str = "out_dir") -> tuple[dict, list[str]]:

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 
 from accounting import count_params
-from bench import UNASKED, Bench, BenchConfig, Contestant, begin, labelled, step_flops
+from bench import UNASKED, Bench, BenchConfig, begin, labelled
 from configurator import UserError, build, cli, need, parse, to_toml
+from contestants import Contestant, step_flops
 from data import Corpus, eval_batches, get_batch, prepare
 from machine import choose_dtype, seconds_of, spread
 from model import HydraConfig

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import contestants
 import scaling
 from accounting import count_params
 from configurator import UserError
@@ -114,7 +115,7 @@ def test_it_measures_what_fits_and_predicts_the_rest(stored, capsys):
 
 def test_a_preset_is_trained_at_its_own_rate(stored, monkeypatch, tmp_path):
     rates = []
-    monkeypatch.setattr(bench, "make_optimizer",
+    monkeypatch.setattr(contestants, "make_optimizer",
                         lambda net, run: rates.append(run.learning_rate) or torch.optim.SGD(net.parameters(), 0.1))
     (tmp_path / "scale_1.toml").open("a").write("learning_rate = 0.25\n")
     stored("--only=scale_1")
@@ -145,13 +146,13 @@ def test_dense_shapes_and_some(stored, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_no_measurement(stored, monkeypatch):
-    real = bench.Hydra.forward
+    real = contestants.Hydra.forward
 
     def forward(self, *args):
         output = real(self, *args)
         return output if self.training else output._replace(loss=output.loss * math.nan)
 
-    monkeypatch.setattr(bench.Hydra, "forward", forward)
+    monkeypatch.setattr(contestants.Hydra, "forward", forward)
     rows = stored()
     assert all("left_out" in r for r in rows) and "not finite" in rows[0]["left_out"]
 
