@@ -77,7 +77,10 @@ def stored(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "CONFIGS", tmp_path)
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
     monkeypatch.setattr(scaling, "STEP_TOKENS", 32)
+    monkeypatch.setattr(scaling, "EVALUATIONS", 4)
     monkeypatch.setattr(bench, "free_memory", lambda device: 20e6)
+    monkeypatch.setattr(bench, "step_bound", lambda *_: math.inf)  # whose plan, which takes seconds, has its own tests
+    monkeypatch.setattr(bench, "step_bytes", lambda config, B, T, copies: (4 * copies * count_params(config), 0))
     tokens = np.random.default_rng(0).integers(0, 64, 4096).astype(np.uint16)
     corpus = SimpleNamespace(train=tokens, val=tokens, enc=SimpleNamespace(n_vocab=64))
     monkeypatch.setattr(scaling, "prepare", lambda *_: corpus)

@@ -559,6 +559,7 @@ def test_runs_and_caches_of_any_run_are_left_out(where, folder, tmp_path):
     assert prepare(folder, tmp_path).fingerprint != clean.fingerprint
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_does_not_read_what_other_runs_wrote(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path, {f"{i}.txt": f"a text, number {i}\n" * 40 for i in range(12)})
     monkeypatch.chdir(tmp_path)

@@ -48,6 +48,7 @@ CPU = torch.device("cpu")
 TEXT = str(ROOT / "config" / "python4096.tiktoken")  # any text that stays as it is
 SHAPE = {"vocab_size": 257, "block_size": 32, "dim": 32, "n_head": 2, "n_kv_head": 1, "compression": 2,
          "latent_head_dim": 0, "mlp_ratio": 1.0}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("quick")
 # eight layers of every letter, some milliseconds a step
 TINY = [*(f"--{key}={value}" for key, value in SHAPE.items()), "--tokenizer=bytes", f"--data={TEXT}",
         "--batch_size=2", "--eval_iters=2", "--final_eval_iters=4", "--warmup_iters=5", "--log_interval=1",
@@ -313,7 +314,6 @@ def test_every_step_takes_the_next_batches_of_the_seed(tmp_path, monkeypatch, fi
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_computes_in_its_dtype_everywhere(tmp_path, monkeypatch, dtype):
     """Training, evaluation, samples and the check before a checkpoint."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)  # slow where bf16 is emulated
     real = Hydra.trunk
     seen = []
 
@@ -408,7 +408,7 @@ def test_the_clipped_fraction_is_of_the_steps_since_the_last_line(tmp_path):
 
 def test_a_part_of_the_steps_is_clipped(tmp_path, monkeypatch):
     """Six steps, of which the bound clips some: the fraction counts those, also over an interruption."""
-    keys = dict(max_iters=6, eval_interval=10, dtype="float32", warmup_iters=0)
+    keys = dict(max_iters=6, eval_interval=10, dtype="float32", warmup_iters=0, n_layer=2)
     train.main(options(tmp_path, "every", grad_clip=1e9, **keys))
     # the first bound that clips is between the largest norm and the next, so that no update changes before it
     norms = [r["grad_norm"] for r in step_records(tmp_path / "every")]
@@ -1027,7 +1027,10 @@ def test_a_step_never_waits_for_its_numbers(changes):
     assert not seen.names & waits and "_fused_adamw_" in seen.names
 
 
-@pytest.mark.parametrize("changes, most", [({}, 6), ({"mod_capacity": 0.25}, 10), ({"mor_recursions": 2}, 9)], ids=str)
+@pytest.mark.parametrize("changes, most", [
+    ({}, 6), pytest.param({"mod_capacity": 0.25}, 10, marks=pytest.mark.slow),
+    pytest.param({"mor_recursions": 2}, 9, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_a_run_needs_few_graphs(tmp_path, monkeypatch, changes, most):
     """Training, evaluations and the checks before a save: no graph more than training and evaluation have."""
     torch._dynamo.reset()
@@ -1075,7 +1078,6 @@ def test_bad_steps_are_counted_over_a_resume(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_run_that_is_interrupted_and_resumed_equals_a_straight_one(tmp_path, monkeypatch, capsys, keys):
     """Ctrl-C within step 5, between two evaluations: losses, rates, counters, weights and moments."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)  # slow where bf16 is emulated
     args = dict(max_iters=7, eval_interval=3, warmup_iters=2, learning_rate=0.01)
     assert train.main(options(tmp_path, "straight", **args, **keys)) == 0
     with monkeypatch.context() as patch:
@@ -1425,13 +1427,17 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, changes, words
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_the_command_line_ends_with_2_and_one_line(capsys, monkeypatch):
+@pytest.mark.slow
+def test_the_command_line_ends_with_2_and_one_line():
     process, other = start(["--help"]), start(["--learning_rat=1"])
     process.stdout.close()  # a reader that leaves early is no error to shout about
     assert "Traceback" not in process.stderr.read()
     process.wait(60)
     out, err = finish(other, 2)
     assert out == "" and err.count("\n") == 1 and "did you mean learning_rate" in err and "Traceback" not in err
+
+
+def test_help_has_every_key_and_every_letter(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     out = capsys.readouterr().out
