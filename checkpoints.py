@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from accounting import skeleton
-from configurator import UserError, build, key_types, typed
-from files import Damaged, check_regular, saved_file
+from configurator import UserError, build, command, key_types, typed
+from files import Damaged, check_regular, saved_file, saving, second_name
 from model import HydraConfig
 from parallel import (
     ALONE,
     Ranks,
-    check_parts,
+    check_shards,
     contents,
     gathered,
     launch_id,
@@ -50,7 +50,7 @@ PARTS = {"model_config": dict, "train_config": dict, "fingerprint": str, "tokeni
 OPTIONAL = {"launch": str, "eval_windows": int, "optimizer": dict}
 # what --init_from may change: the weights are for every value of it
 FREE = ("block_size", "window", "rope_theta", "rope_fraction", "norm_eps", "qk_gain", "ccqa_norm", "value_shift",
-        "doc_mask", "attn_backend")  # fmt: skip
+        "doc_mask", "mod_aux", "mor_aux", "attn_backend")  # fmt: skip
 YOUNGER = ("running", "seconds")  # counters that older checkpoints lack
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter
 CHUNK = 1 << 22  # bytes that are read at once
@@ -224,20 +224,6 @@ def load_checkpoint(path: Path, kinds: dict[str, type], device: torch.device | s
     return checkpoint, notes
 
 
-def check_shards(path: Path, checkpoint: dict) -> list[str]:
-    """What is to be said of its sharded files. Damaged where they are not those that it was written with."""
-    name, hashes = checkpoint["shards"], checkpoint.get("hashes")
-    if not re.fullmatch(r"shards-\d+", name):
-        raise Damaged(f"{path} is no checkpoint of this project, it names {name!r} as its folder: restore it")
-    if hashes is None:
-        return [f"{path} is older than the hashes of sharded files: those in {name} are not checked for damage"]
-    texts = [*hashes.keys(), *hashes.values()] if type(hashes) is dict else [None]
-    if not all(type(text) is str and "/" not in text for text in texts):
-        raise Damaged(f"{path} is no checkpoint of this project, its hashes are none: restore it")
-    check_parts(path.with_name(name), hashes)
-    return []
-
-
 def load_run(path: Path, kinds: dict[str, type], option: str = "out_dir") -> tuple[dict, list[str]]:
     """`load_checkpoint` of one that a run can go on from: with counters and, but for a best.pt, moments."""
     checkpoint, notes = load_checkpoint(path, kinds, option=option)
@@ -294,8 +280,13 @@ def offers_another(lost: Path, kinds: dict[str, type] | None = None) -> Iterator
         what = f"step {step}"
         if path.name == "best.pt":
             what = f"the weights of step {step} (the optimiser's state is lost)"
-        command = f"python train.py --resume={shlex.quote(str(path))}"
-        raise UserError(f"{error}; or go on from {what}: {command}") from error
+        raise UserError(f"{error}; or go on from {what}: {command('train.py', resume=path)}") from error
+
+
+def from_weights(folder: Path, **options: int | float | str) -> str:
+    """The command that starts another run from the weights of the one in `folder`."""
+    return command("train.py", **{name: value for name, value in options.items() if value != ""}, init_from=folder,
+                   out_dir="PATH")  # fmt: skip
 
 
 def resumable(path: Path, given: dict, model_config: type, train_config: type) -> tuple[dict, list[str]]:
@@ -307,10 +298,12 @@ def resumable(path: Path, given: dict, model_config: type, train_config: type) -
     fixed = checkpoint["model_config"] | {name: trained[name] for name in ("tokenizer", "init_from")}
     for name, value in fixed.items():
         if name != "attn_backend" and given.get(name, value) != value:
-            way = f" --init_from={shlex.quote(str(path.parent))}" if name in FREE else ""
+            way = "with --out_dir=PATH"
+            if name in FREE:
+                new = {"data": trained["data"]} | {name: given[name]}
+                way = f"from its weights: {from_weights(path.parent, **new)}"
             raise UserError(f"{name}={given[name]!r}: the run in {path.parent} has {value!r}, which --resume cannot "
-                            f"change: leave it out, or start another run with --out_dir=PATH{way}"
-                            f"{', from its weights' if way else ''}")  # fmt: skip
+                            f"change: leave it out, or start another run {way}")  # fmt: skip
     return checkpoint, notes
 
 
@@ -345,7 +338,7 @@ def check_source(config: HydraConfig, source: dict, run, tokenizer: str) -> None
     """UserError where the weights of the run `source` are for another tokenizer or another model."""
     if source["tokenizer"] != tokenizer:
         raise UserError(f"init_from={run.init_from!r}: it was trained on the tokens of another tokenizer: use its own, "
-                        f"--tokenizer={source['train_config']['tokenizer']}")  # fmt: skip
+                        + shlex.quote(f"--tokenizer={source['train_config']['tokenizer']}"))  # fmt: skip
     (other,) = build(source["model_config"], HydraConfig)
     changed = [name for name in asdict(config) if getattr(config, name) != getattr(other, name) and name not in FREE]
     one, two = ({name: p.shape for name, p in skeleton(c).named_parameters()} for c in (config, other))
@@ -503,12 +496,9 @@ class Kept(NamedTuple):
         """Before `path`, last.pt, of this step, is replaced: give it a second name, if it may stay."""
         if step is None or (self.last == 1 and not self.stays(step)):
             return
-        kept = path.with_name(f"step-{step}.pt")
-        try:
-            os.link(path, kept)
-        except OSError:  # no links here, or there is one of a run that went on from an earlier step
-            with saved_file(kept) as file, path.open("rb") as old:
-                shutil.copyfileobj(old, file)
+        kept = path.with_name(f"step-{step}.pt")  # there may be one, of a run that went on from an earlier step
+        with saving(kept):
+            second_name(path, kept)
 
     def stays(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
@@ -554,8 +544,9 @@ def save_run(path: Path, content: dict, model: nn.Module, optimizer: torch.optim
 
 def check_text(checkpoint: dict, ids: dict[str, str], out: Path, data: str) -> None:
     """UserError where a resumed run would not see the text and the tokens that it began with."""
+    ways = {"tokenizer": "", "text": f", or start another run from its weights: {from_weights(out, data=data)}"}
     for name, what in (("fingerprint", "text"), ("tokenizer", "tokenizer")):
         if checkpoint[name] != ids[name]:
             change = f"({ids[name][:12]}, not {checkpoint[name][:12]})"
-            raise UserError(f"data={data!r}: the {what} has changed since the run in {out} began {change}: restore it, "
-                            f"or start a new run from its weights: --init_from={out} --out_dir=PATH")  # fmt: skip
+            raise UserError(f"data={data!r}: the {what} has changed since the run in {out} began {change}: restore it"
+                            + ways[what])  # fmt: skip

@@ -92,7 +92,7 @@ def at_home(path: str) -> str:
         raise UserError("'' is an empty path: name a file or a folder")
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise UserError(f"{path!r}: there is no such user: write './{path}' if that is a file's name")
+        raise UserError(f"{path!r}: there is no such user: write {shlex.quote(f'./{path}')} if that is a file's name")
     return found
 
 
@@ -170,7 +170,8 @@ def asked_for(value: object, kind: type, where: str, text: bool = False) -> int 
 def no_file(word: str) -> UserError:
     """The error for an argument that is neither an option nor an existing .toml file, with the likely intention."""
     if "=" in word or word.startswith(tuple(DASHES)):
-        return UserError(f"{word!r} is no file: options have two dashes, write --{word.lstrip(DASHES)}")
+        return UserError(f"{word!r} is no file: options have two dashes, write "
+                         + shlex.quote(f"--{word.lstrip(DASHES)}"))
     reason = "does not exist"
     if os.path.isdir(word):
         reason = "is a directory"

@@ -3,7 +3,7 @@
 - The texts and their split: sources.py.
 - Tokenizers: `python4096` (its ranks are shipped), `bytes`, a rank file of your own, and the named encodings of
   tiktoken, downloaded by it.
-- Token files, memory-mapped; their header and ids are checked by hashes. Shards of other projects: shards.py.
+- The files that texts are encoded into: tokenfiles.py. Shards of other projects: shards.py.
 - Batches: a pure function of (seed, step), drawn with replacement or in shuffled epochs, nothing to save or to replay;
   evaluation windows meet every target exactly once. No window crosses from one shard into the next.
 `python data.py --help` lists the commands. `train_tokenizer OUT` wrote config/python4096.tiktoken, and writes the same
@@ -15,7 +15,6 @@ import base64
 import difflib
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import re
@@ -30,18 +29,11 @@ import tiktoken
 import torch
 
 from configurator import AnyPath, UserError, build, cli, command, need, parse, usable_path
-from files import complete_file, reason, write_text
-from formats import MAGIC
-from shards import (
-    Shard,
-    check_apart,
-    files_beside,
-    find_shards,
-    open_shard,
-    validation_shards,
-    write_shards,
-)
+from files import reason, write_text
+from machine import in_turns
+from shards import Shard, check_apart, copies, files_beside, find_shards, open_shard, validation_shards, write_shards
 from sources import Texts, encode, no_effect, part_pieces, read_texts, split_warning
+from tokenfiles import VERSION, load_tokens, tokenizer_hash, write_tokens
 
 EOT = "<|endoftext|>"
 RANKS = Path(__file__).parent / "config" / "python4096.tiktoken"
@@ -52,7 +44,6 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 # the white space after it, so that ":" + newline + indentation is one token; white space. Possessive quantifiers
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
-VERSION, HEADER = 3, 1024  # raise VERSION with any change of header, split or choice of files
 OTHER_SHARDS = "give other shards with --val_data=PATH"
 USAGE = "python data.py (train_tokenizer OUT, shard OUT or bench) [--key=value ...], see --help"
 
@@ -96,7 +87,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     names = ["python4096", "bytes", *tiktoken.list_encoding_names()]
     path = Path(os.path.expanduser(name))
     if name not in names and (os.path.isfile(path) or len(path.parts) > 1 or path.suffix):
-        ranks = read_ranks(path, "give a file that `python data.py train_tokenizer OUT` wrote")
+        ranks = read_ranks(path, f"give a file that `{command('data.py', 'train_tokenizer', 'OUT')}` wrote")
         return make_encoding(re.sub(r"[^\w.-]", "_", path.stem)[:40], PATTERN, ranks)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
@@ -111,14 +102,6 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if EOT not in enc.special_tokens_set:
         raise UserError(f"tokenizer {name!r} has no {EOT} to end a text with: use another, e.g. --tokenizer=python4096")
     return enc
-
-
-def tokenizer_hash(enc: tiktoken.Encoding | None) -> str:
-    """sha256 of all that decides the ids of a text: pattern, special tokens, ranks; "none" of no tokenizer."""
-    if enc is None:
-        return "none"
-    parts = (enc._pat_str, sorted(enc._special_tokens.items()), sorted(enc._mergeable_ranks.items()))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def stored_tokenizer(name: str, stored_hash: str) -> tiktoken.Encoding:
@@ -159,92 +142,6 @@ def token_text(enc: tiktoken.Encoding, token: int) -> bytes:
 def text_of(enc: tiktoken.Encoding, tokens: Iterable[int]) -> str:
     """The text of ids, with a replacement sign for a character that is cut."""
     return b"".join(token_text(enc, token) for token in tokens).decode("utf-8", errors="replace")
-
-
-# ---- token files
-
-def sealed(head: bytes) -> bytes:
-    """A header of HEADER bytes: its text, spaces, and the sha256 of both in hexadecimal."""
-    text = head.ljust(HEADER - 64)
-    return text + hashlib.sha256(text).hexdigest().encode()
-
-
-def write_tokens(path: Path, ids: Iterator[Sequence[int]], enc: tiktoken.Encoding, source: str) -> None:
-    """A token file: a header of HEADER bytes (MAGIC, JSON, spaces, sha256 of these), then the ids, whose sha256 is in
-    the JSON. Complete, or not there at all."""
-    dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
-    count, digest = 0, hashlib.sha256()
-    with complete_file(path) as file:
-        file.write(bytes(HEADER))
-        for some in ids:
-            content = np.array(some, dtype).tobytes()
-            file.write(content)
-            digest.update(content)
-            count += len(some)
-        if count < 2:
-            raise UserError(f"{path} would have {count} tokens: its text has changed while it was read: run again")
-        meta = {"version": VERSION, "dtype": dtype, "tokenizer": enc.name, "tokenizer_hash": tokenizer_hash(enc),
-                "vocab_size": enc.n_vocab, "tokens": count, "source": source, "sha256": digest.hexdigest()}
-        file.seek(0)
-        file.write(sealed(MAGIC + json.dumps(meta).encode()))
-
-
-def digest_and_top(path: str | Path, dtype: np.dtype) -> tuple[str, int]:
-    """sha256 of a token file's ids, and the highest of them. They are read, not mapped: the pages of a map that were
-    touched count as memory of the process. Raises OSError."""
-    digest, top = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        file.seek(HEADER)
-        while len(some := np.fromfile(file, dtype, 1 << 22)):
-            digest.update(some)
-            top = max(top, int(some.max()))
-    return digest.hexdigest(), top
-
-
-def load_tokens(path: str | Path, vocab_size: int | None = None, source: str | None = None) -> np.memmap:
-    """The ids of a token file, memory-mapped. Raises UserError: foreign (no token file, or not made from the text with
-    the fingerprint `source`), damaged, too short, an id >= vocab_size."""
-    def bad(reason: str) -> UserError:
-        return UserError(f"{path}: {reason}; delete it, and it will be built again from the text")
-
-    def unreadable(error: OSError) -> UserError:
-        return UserError(f"{path}: cannot read the token file ({error.strerror}); check --cache_dir")
-
-    try:
-        with open(path, "rb") as file:
-            head, size = file.read(HEADER), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise unreadable(error) from error
-    if not head.startswith(MAGIC):
-        raise bad("not a token file" if head else "empty file")
-    if len(head) < HEADER:
-        raise bad("truncated within its header")
-    try:
-        meta = json.loads(head[len(MAGIC):HEADER - 64])
-        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
-        count, version = int(meta["tokens"]), meta["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise bad(f"damaged header ({type(error).__name__})") from error
-    if version != VERSION:
-        raise bad(f"token file of version {version!r}, this program reads version {VERSION}")
-    if head != sealed(head[:HEADER - 64]):
-        raise bad("damaged header (its hash is another)")
-    if size != HEADER + count * dtype.itemsize:
-        raise bad(f"truncated or damaged, {size} bytes instead of {HEADER + count * dtype.itemsize}")
-    if source is not None and meta.get("source") != source:
-        raise bad("made from another text")
-    if count < 2:
-        raise bad(f"too short, {count} tokens")
-    try:
-        digest, top = digest_and_top(path, dtype)
-    except OSError as error:
-        raise unreadable(error) from error
-    if digest != meta.get("sha256"):
-        raise bad("damaged, its ids have another hash than when they were written")
-    if vocab_size is not None and top >= vocab_size:
-        raise UserError(f"{path}: token id {top} is beyond vocab_size {vocab_size}; set --vocab_size={top + 1} or "
-                        "more, or delete the file, and it will be built again")
-    return np.memmap(path, dtype, "r", HEADER, (count,))
 
 
 # ---- token sequences and corpora
@@ -304,11 +201,7 @@ def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_
         digest.update(shard.sample())
     train, val = (Tokens(side) for side in shards.values())
     ids = f"ids of {enc.name}" if enc else "ids of a tokenizer that is not named: nats per token only, no samples"
-    warnings = []
-    trained = {hashlib.sha256(shard.content()).digest() for shard in shards["train"]}
-    for shard in shards["val"]:
-        if hashlib.sha256(shard.content()).digest() in trained:
-            warnings.append(f"{shard.path} looks like a copy of a training shard: {OTHER_SHARDS}")
+    warnings = [f"{path} looks like a copy of a training shard: {OTHER_SHARDS}" for path in copies(*shards.values())]
     if beside:
         warnings.append(f"{data} has token shards, beside which {len(beside)} other files are not read, "
                         f"such as {beside[0]}: give texts without shards, or shards alone")
@@ -533,28 +426,26 @@ def write_corpus(out: Path, options: CommandConfig) -> None:
 
 
 def bench(options: CommandConfig) -> None:
-    """Time what `prepare` does with a text's content beside one call of tiktoken, in turns."""
+    """Time what `prepare` does with a text's content beside one call of tiktoken."""
     enc = get_tokenizer(options.tokenizer)
     texts = command_texts(options)
     print_warnings(*texts.warnings)
     text = "".join(piece for part in texts.parts for piece in part_pieces(part))
 
-    def ours() -> int:
-        return sum(len(ids) for part in texts.parts for ids in encode(part, enc))
+    cpu_seconds = []
 
-    def single_call() -> int:
-        return len(enc.encode_ordinary(text))
+    def ours() -> None:
+        began = time.process_time()
+        for part in texts.parts:
+            for _ in encode(part, enc):
+                pass
+        cpu_seconds.append(time.process_time() - began)
 
-    seconds: dict = {ours: [], single_call: []}
-    began = time.perf_counter()
-    while len(seconds[ours]) < 5 and time.perf_counter() - began < 15:
-        for run, times in seconds.items():
-            start, cpu = time.perf_counter(), time.process_time()
-            run()
-            times.append((time.perf_counter() - start, time.process_time() - cpu))
+    calls = {"ours": ours, "one call": lambda: enc.encode_ordinary(text)}
+    times = in_turns(calls, 5, torch.device("cpu"), limit=5)
     size = sum(part.size for part in texts.parts) / 1e6
-    (mine, cpu), (one, _) = (map(statistics.median, zip(*times, strict=True)) for times in seconds.values())
-    print(f"{texts.title}, tokenizer {enc.name}, medians of {len(seconds[ours])}: this program "
+    cpu, mine, one = map(statistics.median, (cpu_seconds, *times.values()))
+    print(f"{texts.title}, tokenizer {enc.name}, medians of {len(times['ours'])}: this program "
           f"{size / mine:.1f} MB/s (it got {cpu / mine:.1f} cores), one call of tiktoken {size / one:.1f} MB/s, "
           f"ratio {one / mine:.2f}")
 

@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import stat
 import sys
 import time
@@ -164,13 +165,30 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def saved_file(path: Path) -> Iterator[BinaryIO]:
-    """`complete_file` that raises UserError; a RuntimeError is torch's way to say that a disk is full."""
+def saving(path: Path) -> Iterator[None]:
+    """Around what writes a file: UserError where it fails; a RuntimeError is torch's way to say that a disk is full."""
     try:
-        with complete_file(path) as file:
-            yield file
+        yield
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path} ({reason(error)}): free some space or choose another folder") from error
+
+
+@contextlib.contextmanager
+def saved_file(path: Path) -> Iterator[BinaryIO]:
+    """`complete_file` that raises UserError."""
+    with saving(path), complete_file(path) as file:
+        yield file
+
+
+def second_name(path: Path, other: Path) -> None:
+    """Give a file another name too, or a copy under it, where the file system has no second names or the name has been
+    given away: it is replaced. OSError where it cannot be written, UserError where `path` is no file to be read."""
+    try:
+        os.link(path, other, follow_symlinks=False)
+    except OSError:
+        check_regular(path)
+        with path.open("rb") as content, complete_file(other) as file:
+            shutil.copyfileobj(content, file)
 
 
 def file_hash(path: Path) -> str:

@@ -41,10 +41,14 @@ def check_calls(config: HydraConfig, forwards: int, what: str, remedy: str) -> N
         raise UserError(f"{what} has {forwards:,} forwards, which take {minutes:,.0f} minutes or more: {remedy}")
 
 
+def evaluation_batches(config: HydraConfig, run, val_tokens: int) -> int:
+    batches = math.ceil(math.ceil(val_tokens / config.block_size) / run.batch_size)
+    return min(batches, run.eval_iters or batches)
+
+
 def check_evaluation(config: HydraConfig, run, val_tokens: int) -> None:
     """UserError where one would be silent for too long by the number of its batches alone."""
-    batches = math.ceil(math.ceil(val_tokens / config.block_size) / run.batch_size)
-    batches = min(batches, run.eval_iters or batches)
+    batches = evaluation_batches(config, run, val_tokens)
     check_calls(config, batches, f"eval_iters={run.eval_iters}: an evaluation", "lower it, or raise --batch_size")
 
 
@@ -62,9 +66,7 @@ def check_work(config: HydraConfig, run, machine: Machine, ranks: Ranks, corpus:
         plan = memory_plan(config, B, T, machine.dtype, "", run.recompute == "block", ranks.size, ranks.mode)
         needed = sum(plan.values())
     step_tokens, flops = step_work(config, run)
-    windows = math.ceil(len(corpus.val) / T)
-    batches = min(run.eval_iters or windows, math.ceil(windows / B))
-    tokens = batches * B * T
+    tokens = evaluation_batches(config, run, len(corpus.val)) * B * T
     work = flops / step_tokens / 3, pair_flops_per_token(config, T)  # of a token's forward
     attention = machine.peak
     if max(3 * step_tokens, tokens) * sum(work) > SILENT * 60 * machine.peak / 100:  # else it need not be measured

@@ -12,6 +12,7 @@ where it is asked for. Left out: tensor, pipeline and context parallelism, repli
 import contextlib
 import os
 import pickle
+import re
 import sys
 import time
 import uuid
@@ -194,7 +195,7 @@ def pooled(machine: Machine, ranks: Ranks) -> Machine:
     first = ranks.first(machine)
     facts = first.facts | {"processes": f"{ranks.size}, {ranks.mode}"}
     if ranks.mode == "fsdp":
-        facts["samples"] = "none, since no rank has the whole model: python sample.py reads best.pt and last.pt"
+        facts["samples"] = "none, since no rank has the whole model: sample.py reads best.pt and last.pt"
     listed = first.listed_peak * ranks.size if first.listed_peak else None
     return first._replace(device=machine.device, peak=first.peak * ranks.size, listed_peak=listed, facts=facts)
 
@@ -330,6 +331,20 @@ def check_parts(folder: Path, hashes: dict[str, str]) -> None:
             raise UserError(f"{folder / name} cannot be read ({error.strerror}): make it readable") from error
         if found != expected:
             raise Damaged(f"{folder / name} is damaged, its bytes are not those that were written: restore it")
+
+
+def check_shards(path: Path, checkpoint: dict) -> list[str]:
+    """What is to be said of its sharded files. Damaged where they are not those that it was written with."""
+    name, hashes = checkpoint["shards"], checkpoint.get("hashes")
+    if not re.fullmatch(r"shards-\d+", name):
+        raise Damaged(f"{path} is no checkpoint of this project, it names {name!r} as its folder: restore it")
+    if hashes is None:
+        return [f"{path} is older than the hashes of sharded files: those in {name} are not checked for damage"]
+    texts = [*hashes.keys(), *hashes.values()] if type(hashes) is dict else [None]
+    if not all(type(text) is str and "/" not in text for text in texts):
+        raise Damaged(f"{path} is no checkpoint of this project, its hashes are none: restore it")
+    check_parts(path.with_name(name), hashes)
+    return []
 
 
 def read_parts(folder: Path, tensors: dict[str, Tensor]) -> None:

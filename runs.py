@@ -30,11 +30,11 @@ from files import (
     RUN_FILES,
     Lock,
     check_regular,
-    complete_file,
     reason,
     remedy,
     remove_leftovers,
     saved_file,
+    second_name,
     write_text,
 )
 from generate import longest_text
@@ -167,21 +167,15 @@ def numbered(out: Path) -> list[Path]:
 
 
 def link(path: Path, other: Path) -> None:
-    """A second name for a file, or for each file below a folder; a copy where the file system has no second names."""
-    if path.is_dir() and not path.is_symlink():
+    """`second_name` for a file, or for each file below a folder; a symbolic link is made again."""
+    if path.is_symlink():
+        os.symlink(os.readlink(path), other)
+    elif path.is_dir():
         os.mkdir(other)
         for below in path.iterdir():
             link(below, other / below.name)
-        return
-    try:
-        os.link(path, other, follow_symlinks=False)
-    except OSError:
-        if path.is_symlink():
-            os.symlink(os.readlink(path), other)
-            return
-        check_regular(path)
-        with path.open("rb") as content, complete_file(other) as file:
-            shutil.copyfileobj(content, file)
+    else:
+        second_name(path, other)
 
 
 def is_same(path: Path, other: Path) -> bool:
@@ -244,7 +238,7 @@ def check_resumable(out: Path, path: Path) -> None:
     for folder in numbered(out):
         if (folder / "last.pt").is_file():
             raise UserError(f"{out / 'last.pt'} does not exist, the latest run of this folder was set aside: go on "
-                            f"with it by --resume --out_dir={shlex.quote(str(folder))}")  # fmt: skip
+                            f"with it: {command('train.py', '--resume', out_dir=folder)}")  # fmt: skip
 
 
 # ---- the next command

@@ -17,19 +17,19 @@ from typing import NamedTuple
 import torch
 
 from accounting import count_params
-from bench import UNASKED, Bench, BenchConfig, Contestant, begin, labelled, step_flops
+from bench import UNASKED, Bench, BenchConfig, begin, labelled
 from configurator import UserError, build, cli, need, parse, to_toml
+from contestants import Contestant, step_flops
 from data import Corpus, eval_batches, get_batch, prepare
 from machine import choose_dtype, seconds_of, spread
 from model import HydraConfig
+from student import t_quantile
 from train import BY_RULE, TrainConfig
 
 CONFIGS = Path(__file__).parent / "config"
 STEP_TOKENS = 256
 EVALUATIONS = 16  # texts of the evaluation
 LONGEST = 240  # seconds: on a CPU a shape that takes longer is not measured
-# Student's t for a two-sided 95% interval, at 1, 2, 3 .. degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Preset(NamedTuple):
@@ -56,7 +56,7 @@ def fit(x: list[float], y: list[float]) -> Trend:
     slope, intercept = linear_regression(x, y)
     spread_x = sum((a - mean_x) ** 2 for a in x)
     variance = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / (n - 2)
-    error, quantile = math.sqrt(variance / spread_x), T95[n - 3]
+    error, quantile = math.sqrt(variance / spread_x), t_quantile(n - 2)
     missed_line, missed_constant = 0.0, 0.0  # squared errors at each point, of a fit to the others
     for i in range(n):
         other_x, other_y = x[:i] + x[i + 1 :], y[:i] + y[i + 1 :]

@@ -8,6 +8,7 @@
 
 import functools
 import glob
+import hashlib
 import mmap
 import os
 import re
@@ -159,6 +160,12 @@ def validation_shards(val_data: str) -> list[Path]:
         raise UserError(f"--val_data={val_data}: no token shards *.bin there, and --data has shards; give a folder, a "
                         "glob or a file of them, made by the same tokenizer")
     return found
+
+
+def copies(shards: Iterable[Shard], others: Iterable[Shard]) -> list[Path]:
+    """Which of the `others` look like one of the shards."""
+    known = {hashlib.sha256(shard.content()).digest() for shard in shards}
+    return [shard.path for shard in others if hashlib.sha256(shard.content()).digest() in known]
 
 
 def check_apart(sides: dict[str, list[Path]], option: str) -> None:

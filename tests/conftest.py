@@ -43,5 +43,5 @@ def folder(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """The peaks of this machine, not measured."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)
+    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e11)
     monkeypatch.setattr("sample.copy_bandwidth", lambda device: 1e9)

@@ -274,15 +274,16 @@ def test_a_plan_is_what_torch_allocates(pattern, changes, how):
     assert history[-1]["copies"] == 0 and history[-1]["activations"] + history[-1]["backward"] < 2**14 < kept
 
 
-@pytest.mark.parametrize("pattern, changes", [(ALL, {}), ("MC", {"mod_capacity": 0.5, "mor_recursions": 2})], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern, changes, dtype", [
+    (ALL, {}, torch.bfloat16), ("MC", {"mod_capacity": 0.5, "mor_recursions": 2, "n_layer": 2}, torch.float32),
+], ids=str)  # fmt: skip
 def test_devices_share_the_batch_and_with_fsdp_the_weights(pattern, changes, dtype):
     config = shape(pattern, **changes)
     weights = 4 * accounting.count_params(config)
     one = accounting.memory_plan(config, 8, 64, dtype)
     assert tuple(one) == accounting.PARTS and one["gathered"] == 0
     assert (one["parameters"], one["optimiser"]) == (weights, 2 * weights)
-    for devices in (2, 4, 8):
+    for devices in (2, 8):
         alone = accounting.memory_plan(config, 8 // devices, 64, dtype)
         ddp = accounting.memory_plan(config, 8, 64, dtype, devices=devices)
         fsdp = accounting.memory_plan(config, 8, 64, dtype, devices=devices, parallel="fsdp")
@@ -296,13 +297,14 @@ def test_devices_share_the_batch_and_with_fsdp_the_weights(pattern, changes, dty
 
 
 def test_a_plan_knows_recomputation_and_accumulation():
-    config = shape("MMCCCLML", n_layer=8)
+    config = shape("MCL")
     plain, again, twice = (accounting.memory_plan(config, 4, 64, torch.float32, **how)
                            for how in ({}, {"recompute": True}, {"forwards": 5}))  # fmt: skip
     assert again["activations"] < plain["activations"] / 4
     assert sum(twice.values()) == pytest.approx(sum(plain.values()) + twice["parameters"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_plan_knows_what_compilation_keeps():
     """The blocks' backwards are written to keep little: a compiler keeps no more. Its loss has larger chunks."""
     config = shape("MC", n_layer=2)
@@ -385,7 +387,7 @@ def test_the_plan_of_a_large_model_takes_little_memory():
 
 
 def test_step_bytes_are_the_plan_s():
-    config = shape()
+    config = shape("MC", n_layer=2)
     kept, needed = accounting.step_bytes(config, 2, 40, 4)
     assert kept == 4 * 4 * formulas.count_params(config)
     plan = accounting.memory_plan(config, 2, 40, torch.float32)

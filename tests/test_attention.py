@@ -311,8 +311,10 @@ def test_compiled_flex_equals_sdpa_on_a_cpu():
     torch.testing.assert_close(compiled(q, k, v), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"pattern": "M", "window": 8}, {"pattern": "C"}, {"pattern": "L"}, FAIR[2],
-                                     FAIR[3], FAIR[-2]], ids=str)  # fmt: skip
+@pytest.mark.parametrize("changes", [
+    {"pattern": "M", "window": 8}, {"pattern": "C"},
+    *(pytest.param(it, marks=pytest.mark.slow) for it in ({"pattern": "L"}, FAIR[2], FAIR[3], FAIR[-2])),
+], ids=str)  # fmt: skip
 def test_the_flex_road_is_one_graph_with_gradients_equal_to_sdpa(changes, monkeypatch):
     """The road that CUDA takes, traced forward and backward on a CPU with FlexAttention's device check patched away."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)

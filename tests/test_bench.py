@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bench
+import contestants
 from accounting import attention_flops, attention_state, count_params, flops_per_token, skeleton, state_bytes
 from attention import GQA, KINDS, Kind
 from bench import Bench, Contestant
@@ -74,7 +75,7 @@ def check(rows: list[dict]) -> None:
             assert 0 < row["forward_ms"] and row["forward_x_first"] > 0
             assert row.get("x_first", 1.0) == 1.0 if set(name) == {"A"} else row["x_first"] > 0
             config = small("C", compression=int(name[1:-1])) if name.endswith("x") else small(name)
-            flops = bench.step_flops(level, config, row["B"], row["T"])
+            flops = contestants.step_flops(level, config, row["B"], row["T"])
             assert row["tflops"] == pytest.approx(flops / seconds / 1e12)
         if row["mode"] == "compiled":
             assert row["compile_s"] > 0 and row["x_eager"] > 0
@@ -281,6 +282,7 @@ def test_a_killed_process_is_a_row_left_out(run, monkeypatch):
 
 def test_rows_that_do_not_fit_are_listed_with_the_reason(run, monkeypatch, capsys):
     monkeypatch.setattr(bench, "free_memory", lambda device: 1e3)
+    monkeypatch.setattr(bench, "step_bytes", lambda *_: (1e4, 1e4))  # its plan has its own tests
     rows = run("speed", "--only=eager")["tables"]["speed"]
     assert len(rows) == 8 and all("GB of memory" in r["left_out"] for r in rows)
     reason = "left out, more than the 0.0 GB of memory that are free: attention A G M C L 2 16 float32\n"
@@ -292,7 +294,7 @@ def test_the_short_run_lists_what_it_has_no_time_for(run, monkeypatch):
     tables = run()["tables"]
     assert list(tables) == list(bench.TABLES)
     for name, rows in tables.items():
-        assert name == "flops" or all("no time in the short run" in r["left_out"] for r in rows)
+        assert name == "flops" or all(f"(python bench.py {name} has it)" in r["left_out"] for r in rows)
     assert len(tables["speed"]) == 8
 
 
@@ -301,7 +303,7 @@ def test_the_short_run_lists_what_it_has_no_time_for(run, monkeypatch):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    monkeypatch.setattr(bench, "compile_decoding", lambda model: None)
+    monkeypatch.setattr(contestants, "compile_decoding", lambda model: None)
 
 
 def test_decode_measures_every_dtype_and_batch(run, uncompiled):
@@ -369,7 +371,7 @@ def test_routing_says_that_it_measures_plain_weights(run, monkeypatch):
 
 def test_forced_routers_select_their_part():
     net = Hydra(small(mod_capacity=0.125, mor_recursions=3)).eval()
-    bench.force_routers(net)
+    contestants.force_routers(net)
     routers = [*net.depth_routers, *net.recursion_routers]
     for router, share in zip(routers, [1 / 8, 2 / 3, 1 / 2], strict=True):
         assert (router(torch.zeros(2, 240, 32)) > 0).sum() == 2 * 240 * share
@@ -378,18 +380,18 @@ def test_forced_routers_select_their_part():
 
 def test_decoding_is_timed_behind_a_past_of_routed_tokens(monkeypatch):
     net = Hydra(small(mod_capacity=0.25, mor_recursions=2)).eval()
-    bench.force_routers(net)
+    contestants.force_routers(net)
     seen = []
-    real = bench.decode_step
+    real = contestants.decode_step
 
     def decode_step(model, token, state, visible, uniform):
         assert uniform and visible == state.tokens == 65
         seen.append([layer.get("count", state.pos_B).item() for layer in state.layers])
         return real(model, token, state, visible, uniform)
 
-    monkeypatch.setattr(bench, "decode_step", decode_step)
-    monkeypatch.setattr(bench, "CYCLE", 2)
-    step = torch.no_grad()(bench.decoder(net, 1, 64))
+    monkeypatch.setattr(contestants, "decode_step", decode_step)
+    monkeypatch.setattr(contestants, "CYCLE", 2)
+    step = torch.no_grad()(contestants.decoder(net, 1, 64))
     step()
     step()
     assert seen == [layer_tokens(net.config, 64)] * 4 == [[64, 16, 64, 32, 8, 32]] * 4
@@ -403,7 +405,7 @@ def test_a_prefill_is_timed_at_the_routers_capacity(monkeypatch):
         states.append(state)
         return prefill(model, prompts, state)
 
-    monkeypatch.setattr(bench, "prefill", prefill_into)
+    monkeypatch.setattr(contestants, "prefill", prefill_into)
     config = small(mod_capacity=0.25)
     it = Contestant("prefill", config, 2, 64, CPU, "float32")
     it.step()
@@ -416,7 +418,7 @@ def test_a_prefill_is_timed_at_the_routers_capacity(monkeypatch):
 def test_flops_of_a_prefill_have_one_head():
     config = small()
     head = 2 * config.dim * config.vocab_size
-    found = bench.step_flops("prefill", config, 2, 64)
+    found = contestants.step_flops("prefill", config, 2, 64)
     assert found == pytest.approx(2 * (64 * (flops_per_token(config, 64) - head) + head))
 
 
@@ -434,7 +436,7 @@ def test_routing_sets_times_next_to_flops(run, monkeypatch):
         assert row["tokens_per_s"] == pytest.approx(tokens / row["ms"] * 1e3)
         if row["mix"] == "mod0.125":
             routed = small(n_layer=6, mod_capacity=0.125)
-            expected = bench.step_flops(level, routed, 1, 64) / bench.step_flops(level, dense, 1, 64)
+            expected = contestants.step_flops(level, routed, 1, 64) / contestants.step_flops(level, dense, 1, 64)
             assert row["flops_x_first"] == pytest.approx(expected) and expected < 1 and 0 < row["x_first"]
         if row["mix"] == "dense":
             assert row["x_first"] == row["flops_x_first"] == 1
@@ -455,7 +457,7 @@ def test_a_given_routing_is_set_against_its_dense_shape(run, tmp_path):
     """Whether an option or a file gives it; dense has as many layers as a token can meet."""
     (tmp_path / "routed.toml").write_text("mor_recursions = 2\n")
     shapes = small(mor_recursions=2), small(n_layer=6)
-    routed, dense = (bench.step_flops("prefill", shape, 1, 1024) for shape in shapes)
+    routed, dense = (contestants.step_flops("prefill", shape, 1, 1024) for shape in shapes)
     for given in ("--mor_recursions=2", str(tmp_path / "routed.toml")):
         rows = run("routing", given, "--only=prefill float32")["tables"]["routing"]
         assert [r["mix"] for r in rows if "ms" in r] == ["dense", "routed"]

@@ -38,6 +38,7 @@ import files
 import parallel
 import sample
 import sources
+import tokenfiles
 import train
 from checkpoints import Kept, Progress
 from configurator import UserError, cli
@@ -138,11 +139,11 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing(out, tmp_path):
         check_flips(path, random.sample(rest, count), lambda: read(path, KINDS)[0])  # noqa: B023
     path = tmp_path / "tokens.bin"
     ids = np.random.default_rng(0).integers(0, 257, 3000)
-    data.write_tokens(path, iter([ids]), data.get_tokenizer("bytes"), "text")
-    places = [random.randrange(path.stat().st_size) for _ in range(300)] + random.sample(range(data.HEADER), 100)
+    tokenfiles.write_tokens(path, iter([ids]), data.get_tokenizer("bytes"), "text")
+    places = [random.randrange(path.stat().st_size) for _ in range(300)] + random.sample(range(tokenfiles.HEADER), 100)
 
     def read_tokens() -> list[int]:
-        return data.load_tokens(path, 257, "text").tolist()
+        return tokenfiles.load_tokens(path, 257, "text").tolist()
 
     assert read_tokens() == ids.tolist() and check_flips(path, places, read_tokens) == 400
 

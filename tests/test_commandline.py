@@ -9,6 +9,7 @@ import io
 import shutil
 import signal
 import socket
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,7 +151,8 @@ def outcome(program: str, argv: list[str]) -> str:
         except Started:
             return "started"
         except UserError as error:
-            assert str(error) and str(error).isprintable(), repr(str(error))
+            seen = [c.isprintable() or unicodedata.category(c) == "Zs" for c in str(error)]  # a path may have any space
+            assert seen and all(seen), repr(str(error))
             assert said.getvalue() == "" or program != "train"
             return "refused"
         except SystemExit as ended:

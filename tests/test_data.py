@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import math
 import os
 import shlex
@@ -14,8 +15,10 @@ import tiktoken
 import torch
 
 import data
+import tokenfiles
 from configurator import UserError, build, parse
 from model import HydraConfig
+from tokenfiles import sealed
 from train import TrainConfig
 
 AWKWARD = ("\ufeffdef f(x):\r\n\tif x:\n        return 'naïve 数 🐍 e\u0301'\x00\x0b\u3000\u2028<|endoftext|> 12345\r\n"
@@ -33,7 +36,7 @@ def text_of(tokens, enc):
 
 def token_file(path, ids):
     enc = data.make_encoding("bytes", "(?s:.)", {bytes([b]): b for b in range(256)})
-    data.write_tokens(path, iter([ids]), enc, "source")
+    tokenfiles.write_tokens(path, iter([ids]), enc, "source")
     return path
 
 
@@ -145,7 +148,8 @@ def test_changed_text_ranks_or_version_do_not_meet_old_files(folder, tmp_path, m
         assert text_of(prepare(folder, tmp_path).val, data.get_tokenizer("bytes")) == text_of(old.val, old.enc)
     (tmp_path / "texts/part0/0.txt").write_text("changed")
     assert b"changed" in text_of(prepare(folder, tmp_path).train, old.enc)
-    monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
+    for module in (data, tokenfiles):
+        monkeypatch.setattr(module, "VERSION", 4)
     prepare(folder, tmp_path)
     assert len(os.listdir(tmp_path / "cache")) == 8
 
@@ -154,14 +158,14 @@ def test_header(tmp_path):
     path = token_file(tmp_path / "t.bin", [1, 2, 256])
     raw = path.read_bytes()
     assert raw.startswith(b"HYDRATOK{") and len(raw) == 1024 + 3 * 2 and raw[1024:] == b"\1\0\2\0\0\1"
-    meta = data.json.loads(raw[8:960])
+    meta = json.loads(raw[8:960])
     assert len(meta.pop("tokenizer_hash")) == 64 and meta.pop("sha256") == hashlib.sha256(raw[1024:]).hexdigest()
     assert raw[960:1024] == hashlib.sha256(raw[:960]).hexdigest().encode()
-    assert meta == {"version": data.VERSION, "dtype": "uint16", "tokenizer": "bytes", "vocab_size": 257, "tokens": 3,
-                    "source": "source"}
+    assert meta == {"version": tokenfiles.VERSION, "dtype": "uint16", "tokenizer": "bytes", "vocab_size": 257,
+                    "tokens": 3, "source": "source"}
     wide = data.make_encoding("wide", "(?s:.)", {i.to_bytes(3, "big"): i for i in range(70_000)})
-    data.write_tokens(tmp_path / "wide.bin", iter([[69_999, 1]]), wide, "")
-    assert data.load_tokens(tmp_path / "wide.bin").tolist() == [69_999, 1]
+    tokenfiles.write_tokens(tmp_path / "wide.bin", iter([[69_999, 1]]), wide, "")
+    assert tokenfiles.load_tokens(tmp_path / "wide.bin").tolist() == [69_999, 1]
 
 
 def test_a_crash_while_writing_leaves_nothing(folder, tmp_path, monkeypatch):
@@ -170,7 +174,7 @@ def test_a_crash_while_writing_leaves_nothing(folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        data.write_tokens(tmp_path / "t.bin", crash(), data.get_tokenizer("bytes"), "")
+        tokenfiles.write_tokens(tmp_path / "t.bin", crash(), data.get_tokenizer("bytes"), "")
     assert not list(tmp_path.glob("t.bin*"))
     monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left.*--cache_dir"):
@@ -187,7 +191,7 @@ def test_a_crash_while_writing_leaves_nothing(folder, tmp_path, monkeypatch):
     (lambda raw: raw.replace(b'"version": 3', b'"version": 9'), "version 9"),
     (lambda raw: raw.replace(b'"source": "source"', b'"source": "sauces"'), "damaged header"),
     (lambda raw: raw[:1024] + b"\7" + raw[1025:], "damaged, its ids have another hash"),
-    (lambda raw: data.sealed(raw[:960].replace(b'"tokens": 3', b'"tokens": 1'))[:1024] + raw[1024:1026], "too short"),
+    (lambda raw: sealed(raw[:960].replace(b'"tokens": 3', b'"tokens": 1'))[:1024] + raw[1024:1026], "too short"),
     (lambda raw: raw.replace(b"uint16", b"int-16"), "damaged header"),
     (lambda raw: raw[:20] + b"\xff" + raw[21:], "damaged header"),
 ])
@@ -195,22 +199,22 @@ def test_bad_token_files(damage, reason, tmp_path):
     path = token_file(tmp_path / "t.bin", [1, 2, 3])
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=f"t.bin: .*{reason}.*delete it"):
-        data.load_tokens(path)
+        tokenfiles.load_tokens(path)
 
 
 def test_missing_token_file_and_tokens_beyond_the_vocabulary(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        data.load_tokens(tmp_path / "none.bin")
+        tokenfiles.load_tokens(tmp_path / "none.bin")
     path = token_file(tmp_path / "t.bin", [1, 2, 200])
-    assert data.load_tokens(path, 201).tolist() == data.load_tokens(path, 50257).tolist() == [1, 2, 200]
+    assert tokenfiles.load_tokens(path, 201).tolist() == tokenfiles.load_tokens(path, 50257).tolist() == [1, 2, 200]
     with pytest.raises(UserError, match="token id 200 is beyond vocab_size 200; set --vocab_size=201"):
-        data.load_tokens(path, 200)
+        tokenfiles.load_tokens(path, 200)
 
 
 # ---- batches
 
 def test_batches_are_a_pure_function_of_seed_and_step(tmp_path):
-    tokens = data.load_tokens(token_file(tmp_path / "t.bin", [i % 251 for i in range(5000)]))
+    tokens = tokenfiles.load_tokens(token_file(tmp_path / "t.bin", [i % 251 for i in range(5000)]))
     x, y = data.get_batch(tokens, 4, 16, 1337, 7)
     torch.manual_seed(0)
     np.random.seed(0)

@@ -300,8 +300,8 @@ def test_captured_text_is_the_eager_one(changes, taped):
             state = new_state(net, 3, 64, static, least=16)
             taped.clear()
             generator = torch.Generator().manual_seed(3)
-            found.append(text_of(net, prompts, 30, state=state, generator=generator, **keys))
-        assert torch.equal(*found) and taped == [16, 32, 64]
+            found.append(text_of(net, prompts, 12, state=state, generator=generator, **keys))
+        assert torch.equal(*found) and taped == [16, 32]
     assert len(found[0].unique()) > 10  # no text that repeats itself
 
 
@@ -511,12 +511,15 @@ def test_a_state_in_use_is_refused(static):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{"pattern": "A"}, {}, {"pattern": "M", "window": 6}, FAIR[-1]], ids=str)
+@pytest.mark.parametrize("changes", [
+    {"pattern": "M", "window": 6, "n_layer": 1},
+    *(pytest.param(it, marks=pytest.mark.slow) for it in ({"pattern": "A"}, {}, FAIR[-1])),
+], ids=str)  # fmt: skip
 def test_prefill_and_decode_are_one_graph_each(changes, monkeypatch):
     """However long the text grows; prompts and states are padded to powers of two, so that few shapes exist."""
     torch._dynamo.reset()
     net = make(**changes)
-    eager = [text_of(net, tokens(1, n), 20) for n in (9, 10, 12)]
+    eager = [text_of(net, tokens(1, n), 8) for n in (9, 10, 12)]
     prefills = CompileCounterWithBackend("eager")
     decodes = CompileCounterWithBackend("eager")
     monkeypatch.setattr(generation, "prefill_step", torch.compile(prefill_step, backend=prefills, fullgraph=True))
@@ -524,18 +527,19 @@ def test_prefill_and_decode_are_one_graph_each(changes, monkeypatch):
     for n, expected in zip((9, 10, 12), eager, strict=True):
         state = new_state(net, 1, n + 20, static=True)
         got = [prefill(net, tokens(1, n), state).argmax(-1)]
-        for _ in range(19):
+        for _ in range(7):
             got.append(decode(net, got[-1], state).argmax(-1))
         assert torch.equal(torch.stack(got, dim=1), expected)
     assert (prefills.frame_count, decodes.frame_count) == (1, 1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_decode_step_asks_the_device_for_nothing():
     """Fake tensors have no values: a sync, an .item() or a shape that depends on the data would raise. Only the look
     for the end is one."""
     with FakeTensorMode():
-        net = Hydra(HydraConfig(**SHAPE | {"mod_capacity": 0.5, "mor_recursions": 2}))
+        net = Hydra(HydraConfig(**SHAPE | {"mod_capacity": 0.5, "mor_recursions": 2, "n_layer": 2, "pattern": "CL"}))
         state = new_state(net, 2, 32, static=True)
         steps = sampled_tokens(net, state, torch.zeros(2, 97), (0.7, 5, 0.9), 3, None, False)
         assert [token_B.shape for token_B in islice(steps, 9)] == [(2,)] * 9 and state.tokens == 8

@@ -415,8 +415,9 @@ def test_a_changed_text_or_tokenizer_is_named(tmp_path):
     ids = {"fingerprint": "a" * 64, "tokenizer": "b" * 64}
     checkpoints.check_text(ids, ids, tmp_path, "text")
     for name, what in (("fingerprint", "text"), ("tokenizer", "tokenizer")):
-        with pytest.raises(UserError, match=f"the {what} has changed since .* began .*cccc.*, not {ids[name][:12]}"):
+        with pytest.raises(UserError, match=f"the {what} has changed since .*cccc.*, not {ids[name][:12]}") as no:
             checkpoints.check_text(ids, ids | {name: "c" * 64}, tmp_path, "text")
+        assert ("from its weights" in str(no.value)) == (what == "text")  # they are for no other tokenizer
 
 
 def test_a_run_killed_behind_its_evaluation_keeps_its_best(tmp_path, monkeypatch):

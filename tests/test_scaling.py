@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import contestants
 import scaling
 from accounting import count_params
 from configurator import UserError
@@ -51,6 +52,15 @@ def test_nineteen_of_twenty_intervals_hold_the_truth():
     assert 0.92 < inside / 400 < 0.99
 
 
+def test_any_number_of_shapes_can_be_fitted():
+    """By a table of t that ended at ten degrees of freedom, thirteen could not."""
+    x = [float(i) for i in range(13)]
+    trend = scaling.fit(x, [a + 0.1 * (-1) ** int(a) for a in x])
+    _, low, high = trend.predict(6.0)
+    variance = 0.01 * (13 - 1 / 13) / 11
+    assert trend.sloped and high - low == pytest.approx(2 * 2.2010 * math.sqrt(variance * 14 / 13), rel=1e-4)
+
+
 def test_extremes_of_a_fraction_can_be_fitted():
     none, all_ = scaling.logit(0.0), scaling.logit(1.0)
     assert none == pytest.approx(-all_) and none < -4
@@ -67,7 +77,10 @@ def stored(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "CONFIGS", tmp_path)
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e12)
     monkeypatch.setattr(scaling, "STEP_TOKENS", 32)
+    monkeypatch.setattr(scaling, "EVALUATIONS", 4)
     monkeypatch.setattr(bench, "free_memory", lambda device: 20e6)
+    monkeypatch.setattr(bench, "step_bound", lambda *_: math.inf)  # whose plan, which takes seconds, has its own tests
+    monkeypatch.setattr(bench, "step_bytes", lambda config, B, T, copies: (4 * copies * count_params(config), 0))
     tokens = np.random.default_rng(0).integers(0, 64, 4096).astype(np.uint16)
     corpus = SimpleNamespace(train=tokens, val=tokens, enc=SimpleNamespace(n_vocab=64))
     monkeypatch.setattr(scaling, "prepare", lambda *_: corpus)
@@ -105,7 +118,7 @@ def test_it_measures_what_fits_and_predicts_the_rest(stored, capsys):
 
 def test_a_preset_is_trained_at_its_own_rate(stored, monkeypatch, tmp_path):
     rates = []
-    monkeypatch.setattr(bench, "make_optimizer",
+    monkeypatch.setattr(contestants, "make_optimizer",
                         lambda net, run: rates.append(run.learning_rate) or torch.optim.SGD(net.parameters(), 0.1))
     (tmp_path / "scale_1.toml").open("a").write("learning_rate = 0.25\n")
     stored("--only=scale_1")
@@ -136,13 +149,13 @@ def test_dense_shapes_and_some(stored, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_no_measurement(stored, monkeypatch):
-    real = bench.Hydra.forward
+    real = contestants.Hydra.forward
 
     def forward(self, *args):
         output = real(self, *args)
         return output if self.training else output._replace(loss=output.loss * math.nan)
 
-    monkeypatch.setattr(bench.Hydra, "forward", forward)
+    monkeypatch.setattr(contestants.Hydra, "forward", forward)
     rows = stored()
     assert all("left_out" in r for r in rows) and "not finite" in rows[0]["left_out"]
 

@@ -607,8 +607,8 @@ def test_setting_aside_may_be_interrupted_anywhere(tmp_path, monkeypatch, links,
             assert here == OLD
             runs.check_resumable(out, out / "last.pt")
         else:
-            command = re.escape(f"--resume --out_dir={out / 'run-2'}")
-            with pytest.raises(UserError, match=f"last.pt does not exist.* was set aside: go on with it by {command}$"):
+            command = re.escape(f"python train.py --resume --out_dir={out / 'run-2'}")
+            with pytest.raises(UserError, match=f"last.pt does not exist.* was set aside: go on with it: {command}$"):
                 runs.check_resumable(out, out / "last.pt")
         seen.add((here == OLD, aside == OLD))
         left = runs.run_files(out)
@@ -700,8 +700,8 @@ def test_the_command_that_a_resume_names_goes_on(tmp_path, capsys, name):
     runs.set_aside(out)
     with pytest.raises(UserError) as error:
         train.main([f"--out_dir={out}", "--resume"])
-    words = shlex.split(str(error.value).partition("go on with it by ")[2])
-    assert train.main([*words, "--max_iters=2"]) == 0
+    words = shlex.split(str(error.value).partition(": go on with it: ")[2])
+    assert words[:2] == ["python", "train.py"] and train.main([*words[2:], "--max_iters=2"]) == 0
     assert checkpoint(out / "run-1")["step"] == 2 and os.listdir(out) == ["run-1"]
     (out / "best.pt").write_text("a new run's")
     runs.check_resumable(out, out / "last.pt")

@@ -543,6 +543,7 @@ def test_a_vocabulary_that_is_too_small_names_the_padded_one():
 
 # ---- training
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("sampling", ["random", "epochs"])
 def test_training_on_shards_is_training_on_their_text(sampling, tmp_path, monkeypatch, capsys):
     """By a tokenizer that is named and by none, and stopped and resumed."""
@@ -550,7 +551,7 @@ def test_training_on_shards_is_training_on_their_text(sampling, tmp_path, monkey
     data.main(["shard", str(out), f"--data={test_train.TEXT}", "--tokenizer=bytes", f"--cache_dir={cache}"])
 
     def run(name: str, **more) -> int:
-        given = {"max_iters": 4, "eval_interval": 2, "sampling": sampling, "dtype": "float32"}
+        given = {"max_iters": 4, "eval_interval": 2, "sampling": sampling, "dtype": "float32", "n_layer": 2}
         return train.main(test_train.options(tmp_path, name, **given, **more))
 
     run("text")

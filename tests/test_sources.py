@@ -27,6 +27,7 @@ from test_train import options
 import data
 import formats
 import sources
+import tokenfiles
 import train
 from configurator import UserError
 
@@ -558,6 +559,7 @@ def test_runs_and_caches_of_any_run_are_left_out(where, folder, tmp_path):
     assert prepare(folder, tmp_path).fingerprint != clean.fingerprint
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_does_not_read_what_other_runs_wrote(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path, {f"{i}.txt": f"a text, number {i}\n" * 40 for i in range(12)})
     monkeypatch.chdir(tmp_path)
@@ -903,7 +905,7 @@ def test_no_token_file_is_empty(tmp_path):
     enc = data.get_tokenizer("bytes")
     for ids in ([], [[]], [[], [1]]):
         with pytest.raises(UserError, match="t.bin would have [01] tokens: its text has changed"):
-            data.write_tokens(tmp_path / "t.bin", iter(ids), enc, "")
+            tokenfiles.write_tokens(tmp_path / "t.bin", iter(ids), enc, "")
     assert os.listdir(tmp_path) == []
 
 

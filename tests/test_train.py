@@ -48,6 +48,7 @@ CPU = torch.device("cpu")
 TEXT = str(ROOT / "config" / "python4096.tiktoken")  # any text that stays as it is
 SHAPE = {"vocab_size": 257, "block_size": 32, "dim": 32, "n_head": 2, "n_kv_head": 1, "compression": 2,
          "latent_head_dim": 0, "mlp_ratio": 1.0}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("quick")
 # eight layers of every letter, some milliseconds a step
 TINY = [*(f"--{key}={value}" for key, value in SHAPE.items()), "--tokenizer=bytes", f"--data={TEXT}",
         "--batch_size=2", "--eval_iters=2", "--final_eval_iters=4", "--warmup_iters=5", "--log_interval=1",
@@ -313,7 +314,6 @@ def test_every_step_takes_the_next_batches_of_the_seed(tmp_path, monkeypatch, fi
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_computes_in_its_dtype_everywhere(tmp_path, monkeypatch, dtype):
     """Training, evaluation, samples and the check before a checkpoint."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)  # slow where bf16 is emulated
     real = Hydra.trunk
     seen = []
 
@@ -408,7 +408,7 @@ def test_the_clipped_fraction_is_of_the_steps_since_the_last_line(tmp_path):
 
 def test_a_part_of_the_steps_is_clipped(tmp_path, monkeypatch):
     """Six steps, of which the bound clips some: the fraction counts those, also over an interruption."""
-    keys = dict(max_iters=6, eval_interval=10, dtype="float32", warmup_iters=0)
+    keys = dict(max_iters=6, eval_interval=10, dtype="float32", warmup_iters=0, n_layer=2)
     train.main(options(tmp_path, "every", grad_clip=1e9, **keys))
     # the first bound that clips is between the largest norm and the next, so that no update changes before it
     norms = [r["grad_norm"] for r in step_records(tmp_path / "every")]
@@ -828,7 +828,7 @@ def test_weights_of_another_run_start_a_new_one(tmp_path, capsys):
         train.main([f"--out_dir={tmp_path / 'first'}", "--resume", "--init_from=x", "--max_iters=5"])
     with pytest.raises(UserError, match=r"nowhere does not exist: .* with --init_from=PATH$"):
         train.main([*args, f"--init_from={tmp_path / 'nowhere'}"])
-    with pytest.raises(UserError, match=r"start a new run from its weights: --init_from=.*first --out_dir=PATH"):
+    with pytest.raises(UserError, match="the text has changed since .*: restore it, or start another run from its we"):
         train.main([f"--out_dir={tmp_path / 'first'}", "--resume", f"--data={other}", "--max_iters=5"])
 
 
@@ -889,6 +889,13 @@ def test_a_run_that_began_from_another_goes_on_from_itself(tmp_path):
     assert [r["resumed_at"] for r in records(tmp_path / "tuned") if "resumed_at" in r] == [2]
 
 
+def test_the_tokenizer_of_weights_can_be_pasted():
+    source = {"tokenizer": "its", "train_config": {"tokenizer": "/my folder/it's.tiktoken"}}
+    with pytest.raises(UserError) as caught:
+        checkpoints.check_source(shape(), source, TrainConfig(init_from="it"), "another")
+    assert shlex.split(str(caught.value).partition(": use its own, ")[2]) == ["--tokenizer=/my folder/it's.tiktoken"]
+
+
 def test_what_init_from_may_change_and_what_not():
     def check(config: HydraConfig, other: HydraConfig) -> None:
         source = {"tokenizer": "it", "model_config": asdict(other), "train_config": {}}
@@ -899,7 +906,8 @@ def test_what_init_from_may_change_and_what_not():
                    compression=1, latent_head_dim=16, conv_kernel=2, qk_gain=0.0, value_shift=False, latent_ratio=1.0,
                    window=4, rope_theta=5e5, norm_eps=1e-5, mod_capacity=0.25, mor_recursions=2, doc_mask=True,
                    attn_backend="sdpa", ccqa_norm=False, qk_norm=True, k_temperature=False, short_conv=2,
-                   rope_fraction=0.5, pre_out_norm=False, alpha="learned")  # fmt: skip
+                   rope_fraction=0.5, pre_out_norm=False, alpha="learned", mod_aux=0.1, mor_aux=0.1,
+                   router="random")  # fmt: skip
     assert changes.keys() == HydraConfig.__dataclass_fields__.keys()
     for name, value in changes.items():
         if name in (*checkpoints.FREE, "mod_capacity"):
@@ -1019,7 +1027,10 @@ def test_a_step_never_waits_for_its_numbers(changes):
     assert not seen.names & waits and "_fused_adamw_" in seen.names
 
 
-@pytest.mark.parametrize("changes, most", [({}, 6), ({"mod_capacity": 0.25}, 10), ({"mor_recursions": 2}, 9)], ids=str)
+@pytest.mark.parametrize("changes, most", [
+    ({}, 6), pytest.param({"mod_capacity": 0.25}, 10, marks=pytest.mark.slow),
+    pytest.param({"mor_recursions": 2}, 9, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_a_run_needs_few_graphs(tmp_path, monkeypatch, changes, most):
     """Training, evaluations and the checks before a save: no graph more than training and evaluation have."""
     torch._dynamo.reset()
@@ -1067,7 +1078,6 @@ def test_bad_steps_are_counted_over_a_resume(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_run_that_is_interrupted_and_resumed_equals_a_straight_one(tmp_path, monkeypatch, capsys, keys):
     """Ctrl-C within step 5, between two evaluations: losses, rates, counters, weights and moments."""
-    monkeypatch.setattr("machine.matmul_peak", lambda device, dtype, n=0: 1e9)  # slow where bf16 is emulated
     args = dict(max_iters=7, eval_interval=3, warmup_iters=2, learning_rate=0.01)
     assert train.main(options(tmp_path, "straight", **args, **keys)) == 0
     with monkeypatch.context() as patch:
@@ -1252,14 +1262,32 @@ def test_resume_refuses_another_model_and_a_changed_text(tmp_path):
     for key, was in (("dim=64", "32"), ("tokenizer=python4096", "'bytes'"), ("block_size=24", "32")):
         with pytest.raises(UserError, match=f"the run in .* has {was}, which --resume cannot change") as caught:
             train.main([*args, "--resume", f"--{key}"])
-        way = f"another run with --out_dir=PATH --init_from={tmp_path / 'run'}, from its weights"
-        assert (way in str(caught.value)) == key.startswith("block")
+        assert ("another run from its weights: " in str(caught.value)) == key.startswith("block")
     with pytest.raises(UserError, match="max_iters=1: the run in .* is at step 2"):
         train.main([*args, "--resume", "--max_iters=1"])
     text.write_text("other text\n" * 200)
     with pytest.raises(UserError, match="the text has changed since the run"):
         train.main([*args, "--resume"])
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_what_starts_another_run_can_be_pasted(tmp_path, monkeypatch):
+    """Where a resumed run cannot have another block or another text: with paths that need quotes, from anywhere."""
+    text = tmp_path / "it's a $HOME.txt"
+    text.write_text("abc def\n" * 200)
+    train.main(options(tmp_path, "a run", max_iters=1, n_layer=1, data=text, sample_tokens=0))
+    for i, change in enumerate((["--block_size=24"], [])):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with pytest.raises(UserError) as caught:
+            train.main([f"--out_dir={tmp_path / 'a run'}", "--resume", *change])
+        words = shlex.split(str(caught.value).partition(", or start another run from its weights: ")[2])
+        assert words[:2] == ["python", str(ROOT / "train.py")]
+        assert train.main([*words[2:], "--max_iters=0", "--sample_tokens=0"]) == 0
+        found = records(folder / "PATH")[0]["config"]
+        assert (found["data"], found["block_size"]) == (str(text), (24, 32)[i])
+        text.write_text("other text\n" * 200)
 
 
 def test_best_is_the_lowest_validation_and_last_is_the_last(tmp_path):
@@ -1399,13 +1427,17 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, changes, words
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_the_command_line_ends_with_2_and_one_line(capsys, monkeypatch):
+@pytest.mark.slow
+def test_the_command_line_ends_with_2_and_one_line():
     process, other = start(["--help"]), start(["--learning_rat=1"])
     process.stdout.close()  # a reader that leaves early is no error to shout about
     assert "Traceback" not in process.stderr.read()
     process.wait(60)
     out, err = finish(other, 2)
     assert out == "" and err.count("\n") == 1 and "did you mean learning_rate" in err and "Traceback" not in err
+
+
+def test_help_has_every_key_and_every_letter(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     out = capsys.readouterr().out
