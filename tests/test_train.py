@@ -907,7 +907,7 @@ def test_what_init_from_may_change_and_what_not():
                    window=4, rope_theta=5e5, norm_eps=1e-5, mod_capacity=0.25, mor_recursions=2, doc_mask=True,
                    attn_backend="sdpa", ccqa_norm=False, qk_norm=True, k_temperature=False, short_conv=2,
                    rope_fraction=0.5, pre_out_norm=False, alpha="learned", mod_aux=0.1, mor_aux=0.1,
-                   router="random")  # fmt: skip
+                   router="random", mlp_multiple=128)  # fmt: skip
     assert changes.keys() == HydraConfig.__dataclass_fields__.keys()
     for name, value in changes.items():
         if name in (*checkpoints.FREE, "mod_capacity"):
