@@ -103,6 +103,7 @@ class TrainConfig:
     eval_iters: int = 20  # batches of one evaluation, evenly spread over the validation split, 0 = all
     final_eval_iters: int = 0  # the same for the one at the end, 0 = all: the number to compare
     log_interval: int = 10  # steps between log lines
+    log_layers: int = 0  # steps between records of every layer's gradient norm, before the clip, in log.jsonl, 0 = none
     sample_tokens: int = 80  # tokens of the sample at each evaluation, 0 = none
     sample_prompt: str = "def"  # text that the samples go on from; tokens begin with their space, so end it without
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (eager, and untested)
@@ -118,7 +119,8 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "keep_last"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "final_eval_iters",
-                     "sample_tokens", "seed", "learning_rate", "profile", "spike", "keep_every", *STOPS):  # fmt: skip
+                     "sample_tokens", "seed", "learning_rate", "profile", "spike", "keep_every", "log_layers",
+                     *STOPS):  # fmt: skip
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
         stops = [name for name in STOPS if getattr(self, name)]
         need(self, " ".join(stops), len(stops) <= 1, "one of them can end a run: set the others to 0")
@@ -328,8 +330,7 @@ def set_up(config: HydraConfig, run: TrainConfig, source: Source | None, ranks: 
            session: runs.Session) -> Setup:  # fmt: skip
     """The machine and the text; UserError where they are not fit for each other, before anything is written."""
     rows = ranks.rows(run.batch_size)
-    flops = expected_flops(config, run)
-    machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, flops), ranks)
+    machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, expected_flops(config, run)), ranks)
     corpus = ranks.one_first(partial(read_corpus, config, run))
     check_work(config, run, machine, ranks, corpus)
     check_evaluation(config, run, len(corpus.val))
@@ -484,7 +485,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
         stop, asked = ranks.total([len(session.stop), len(session.save)])  # asked: to save
         saves = due or stop or asked or kept_ones.stays(step)
         if steps and saves:
-            numbers, _ = runs.settle(steps, run.grad_clip, progress, log)
+            numbers, _ = runs.settle(steps, run, progress, log)
             progress.seconds += time.perf_counter() - start
         if final or stop or progress.streak >= runs.MAX_BAD:
             profile.finish()
@@ -528,7 +529,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
         if step > 0 and progress.step % run.log_interval > 0:
             continue
         taken = len(steps)
-        numbers, routing = runs.settle(steps, run.grad_clip, progress, log)
+        numbers, routing = runs.settle(steps, run, progress, log)
         seconds = time.perf_counter() - start
         progress.seconds += seconds
         pace = (time.perf_counter() - began) / (progress.step - first_step)
