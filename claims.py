@@ -138,8 +138,8 @@ def compression() -> str:
     ours, mix, mha = shipped("small", pattern="C"), shipped("small"), shipped("small", pattern="A")
     attention = 1 - size_of(ours)["params"] / size_of(mha)["params"]
     model, mixed = (1 - count_params(config) / count_params(mha) for config in (ours, mix))
-    return (f"{attention:.0%} fewer parameters in the attention than MHA; in the whole small model {model:.0%} with CCQA "
-            f"in every layer, {mixed:.0%} with its mix")  # fmt: skip
+    return (f"{attention:.0%} fewer parameters in the attention than MHA; in the whole small model {model:.0%} with "
+            f"CCQA in every layer, {mixed:.0%} with its mix")  # fmt: skip
 
 
 def states() -> str:

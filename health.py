@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import tiktoken
@@ -48,6 +49,7 @@ ZERO = 1e-7  # root mean square of a parameter, below which it is none
 WILD = 10.0  # a temperature begins at 1: beyond this, or below one over it, it has gone wild
 FEW = 1e-3  # part of the tokens, below which a router selects none; all where as few are left
 COLUMNS = ["layer", "letter", "parameters", "norm", "update_ratio", "attention", "mlp", "temperature", "span", "span90"]
+LEAST = 10  # tokens that it should select, and leave, of a text that tells whether it does
 BIASES = ("line_bias", "layer_bias")  # parameters that may be zero
 COLOURS = (90, 34, 36, 32, 33, 31)  # of a terminal, from a token that no router selects to one that all do
 
@@ -99,9 +101,8 @@ def read_patient(path: Path) -> Patient:
     values that are not finite."""
     kinds = {"model_config": HydraConfig, "train_config": TrainConfig}
     parts, notes = checkpoints.load_checkpoint(path, kinds, option="PATH")
-    # the core that trained may not run here
-    (config,) = build(parts["model_config"] | {"attn_backend": "auto"}, HydraConfig)
-    (run,) = build(parts["train_config"], TrainConfig)
+    core = {"attn_backend": "auto"}  # the one that trained may not run here
+    config, run = build(parts["train_config"] | parts["model_config"] | core, HydraConfig, TrainConfig)
     model = Hydra(config).eval()
     optimizer = None
     with checkpoints.unwarned():
@@ -288,8 +289,9 @@ def watch(it: Patient, windows: Windows) -> tuple[Watcher, list[list[Choice]], f
         for x, y in windows.batches:
             seen.begin(x.size(1))
             targets = int((y != IGNORE).sum())
-            loss = it.model(x, y).cross_entropy.item() if targets else 0.0
-            nats += loss * targets
+            loss = it.model(x, y).cross_entropy.item()
+            if targets:  # else it is of nothing
+                nats += loss * targets
             count += targets
             choices.append(seen.choices)
     return seen, choices, nats / max(1, count)
@@ -297,11 +299,9 @@ def watch(it: Patient, windows: Windows) -> tuple[Watcher, list[list[Choice]], f
 
 # ---- numbers
 
-@torch.no_grad()
 def update_of(p: Tensor, state: dict[str, Tensor], group: dict, rate: float) -> Tensor:
     """What an AdamW step at this rate takes off a parameter by its moments, without weight decay."""
-    beta1, beta2 = group["betas"]
-    t = state["step"].item()
+    (beta1, beta2), t = group["betas"], state["step"].item()
     mean, square = state["exp_avg"] / (1 - beta1**t), state["exp_avg_sq"] / (1 - beta2**t)
     return rate * mean / (square.sqrt() + group["eps"])
 
@@ -341,19 +341,32 @@ def spans_of(seen: Seen) -> dict[str, list[float] | None]:
 
 
 def layer_rows(it: Patient, seen: Watcher) -> list[dict]:
-    """A row of numbers for each block, and for what is outside of the blocks."""
-    weights = weights_of(it)
+    """Numbers of each block, and of what is outside of the blocks."""
     rows = []
-    for i, (letter, block, layer) in enumerate(zip(it.model.config.layers, it.model.blocks, seen.layers, strict=True)):
-        row = {"layer": f"blocks.{i}", "letter": letter, **weights.pop(f"blocks.{i}")}
+    for name, weights in weights_of(it).items():
+        row = {"layer": name, **weights}
+        rows.append(row)
+        if not name.startswith("blocks."):
+            continue
+        i = int(name.removeprefix("blocks."))
+        layer, temperatures = seen.layers[i], getattr(it.model.blocks[i].attn, "k_temperature", None)
         line = layer.squares.get("line", 0.0)
-        for name in ("attention", "mlp"):
-            row[name] = math.sqrt(layer.squares[name] / line) if line else None
-        temperatures = getattr(block.attn, "k_temperature", None)
+        row["letter"] = it.model.config.layers[i]
+        for part in ("attention", "mlp"):
+            row[part] = math.sqrt(layer.squares[part] / line) if line else None
         row["temperature"] = None if temperatures is None else temperatures.tolist()
-        rows.append(row | spans_of(layer))
-    return [{"layer": name, **row} for name, row in weights.items() if name == "embed"] + rows + [
-        {"layer": name, **row} for name, row in weights.items() if name != "embed"]  # fmt: skip
+        row |= spans_of(layer)
+    return rows
+
+
+def letter_spans(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """The mean over all heads of a letter."""
+    found: dict[str, dict[str, float]] = {}
+    for letter in dict.fromkeys(row["letter"] for row in rows if row.get("span")):
+        for name in ("span", "span90"):
+            heads = [head for row in rows if row.get("letter") == letter for head in row[name] or ()]
+            found.setdefault(letter, {})[name] = fmean(heads)
+    return found
 
 
 def taps_of(model: Hydra) -> list[dict]:
@@ -401,9 +414,6 @@ class Finding(NamedTuple):
     value: float
     reason: str
 
-    def line(self) -> str:
-        return f"{self.what}: {self.where} = {self.value:.4g}: {self.reason}"
-
 
 def not_finite(it: Patient, loss: float) -> Iterator[Finding]:
     """Weights and moments, else the loss."""
@@ -441,11 +451,13 @@ def findings_of(it: Patient, rows: list[dict], routers: list[dict], loss: float)
                 found.append(Finding("temperature gone wild", f"key head {head} of {row['layer']} ({row['letter']})",
                                      value, f"it began at 1 and is not within {1 / WILD:g} and {WILD:g}"))  # fmt: skip
     for row in routers:
-        part = row["selected"]
-        if part is not None and part <= FEW:
+        part, capacity = row["selected"], row["capacity"]
+        if part is None or min(capacity, 1 - capacity) * row["candidates"] < LEAST:
+            continue
+        if part <= FEW:
             found.append(Finding("saturated router", row["router"], part, "it selects none of its tokens"))
-        elif part is not None and part >= 1 - FEW > row["capacity"]:
-            why = f"it selects all of its tokens, of which training takes {row['capacity']:.3g}"
+        if part >= 1 - FEW:
+            why = f"it selects all of its tokens, of which training takes {capacity:.3g}"
             found.append(Finding("saturated router", row["router"], part, why))
     return found
 
@@ -522,6 +534,9 @@ def main(argv: list[str]) -> int:
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"{it.path}, step {it.parts['step']:,}: {loss:.4f} nats a token on {tokens:,} tokens of {windows.name}")
     print("\n".join(it.notes + table(layers, COLUMNS)))
+    letters = letter_spans(layers)
+    means = [f"{letter} span {shown(it['span'])}, 90% {shown(it['span90'])}" for letter, it in letters.items()]
+    print(f"of a letter's heads: {'; '.join(means)}")
     if it.optimizer is None:
         print("update_ratio is n/a: this checkpoint has no moments, last.pt has")
     if taps:
@@ -530,13 +545,14 @@ def main(argv: list[str]) -> int:
         print("\n".join(table(routers, ["router", "capacity", "candidates", "selected"])))
     if routers and windows.enc:
         print("\n".join(routing_lines(windows, choices, coloured)))
-    for finding in findings:
-        print(f"\033[31m{finding.line()}\033[0m" if coloured else finding.line())
+    for what, where, value, why in findings:
+        line = f"{what}: {where} = {value:.4g}: {why}"
+        print(f"\033[31m{line}\033[0m" if coloured else line)
     if not findings:
         print("no findings: all is finite, every layer contributes, no router is saturated, no temperature is wild")
     result = for_json({
         "subject": "checkpoint", "path": str(it.path), "step": it.parts["step"], "text": windows.name, "tokens": tokens,
-        "loss": loss, "layers": layers, "taps": taps, "routers": routers,
+        "loss": loss, "layers": layers, "letters": letters, "taps": taps, "routers": routers,
         "findings": [finding._asdict() for finding in findings]})  # fmt: skip
     if options.json:
         write_text(Path(options.json), json.dumps(result, indent=1, allow_nan=False))

@@ -172,7 +172,8 @@ def draw_taps(rows: list[dict], _: str, figure) -> None:
                 axes.text(x, y, f"{value:.2g}", ha="center", va="center", color=colour)
         axes.set_yticks(range(len(found)), [row["layer"] for row in found])
         axes.set_xticks(range(len(found[0]["rms"])))
-        axes.set(title=f"{kind}: root mean square of the taps", xlabel="tokens back")
+        axes.set(title=kind, xlabel="tokens back")
+    figure.suptitle("root mean square of the convolutions' taps")
 
 
 def health_charts(found: dict) -> dict[str, tuple]:

@@ -56,6 +56,7 @@ def look(capsys, *args: str) -> tuple[str, dict]:
 def test_a_healthy_checkpoint_has_no_finding(trained, capsys):
     printed, found = look(capsys, str(trained))
     assert found["findings"] == [] and "no findings" in printed and "\033" not in printed
+    assert found["letters"].keys() == set("MCLA") and "of a letter's heads: M span " in printed
     assert found["path"] == str(trained / "last.pt") and found["step"] == 3 and found["tokens"] == 8 * 32
     assert [row["layer"] for row in found["layers"][:5]] == ["embed", *(f"blocks.{i}" for i in range(4))]
     model = Hydra(HydraConfig(**checkpoint(trained)["model_config"]))
@@ -108,6 +109,14 @@ def test_what_is_wrong_is_named(trained, tmp_path, capsys, change, what, where):
     assert not others or what == "saturated router" and others == {"dead layer"}
     if what == "saturated router":
         assert finding["value"] in (0.0, 1.0) and finding["value"] == (change.sign > 0)
+
+
+def test_a_text_too_short_to_tell_is_no_finding(trained, tmp_path, capsys):
+    path = changed(trained, tmp_path, point_router("blocks.1.router.weight", 1.0))
+    for tokens, found in ((9, set()), (60, {"saturated router"})):
+        result = look(capsys, path, f"--text={'x' * tokens}")[1]
+        assert {one["what"] for one in result["findings"]} & {"saturated router"} == found
+    assert look(capsys, path, f"--text={'x' * 33}")[1]["routers"][2]["candidates"] == 33  # the last one alone
 
 
 def test_a_moment_that_is_not_finite_is_named(trained, tmp_path, capsys):
@@ -167,6 +176,20 @@ def test_uniform_attention_has_the_closed_formula_s_span(pattern):
     assert found["span90"] == [within] * len(found["span"])
 
 
+def test_documents_bound_the_span():
+    """Each of eight tokens, in which positions begin anew."""
+    model = Hydra(shape(pattern="MCAL", n_layer=4, doc_mask=True))
+    for name, p in model.named_parameters():
+        if name.endswith(("qkv.weight", "attn.down.weight", "attn.up.weight")):
+            p.data.zero_()
+    model.end_token = 7
+    idx = torch.arange(32)[None] % 8
+    patient = health.Patient(Path("it"), {}, model.eval(), TrainConfig(), None, [])
+    seen, _, _ = health.watch(patient, health.Windows("it", [(idx, idx)], None, 0))
+    for layer in seen.layers:
+        assert health.spans_of(layer)["span"] == pytest.approx([7 / 4] * 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("window", [1, 4, 20])
 def test_a_window_bounds_the_span(window):
     """Also where the core takes its queries in pieces."""
@@ -182,7 +205,7 @@ def test_a_window_bounds_the_span(window):
 def test_the_probabilities_are_those_of_the_core(keys, monkeypatch):
     """They weigh the values to what the core returns, of every letter and option."""
     torch.manual_seed(0)
-    model = Hydra(shape(**keys)).eval()
+    model = Hydra(shape(dim=64, n_head=4, n_kv_head=2, **keys)).eval()
     real, seen = torch.nn.functional.scaled_dot_product_attention, []
 
     def look(self, q, k, mask):
@@ -199,6 +222,12 @@ def test_the_probabilities_are_those_of_the_core(keys, monkeypatch):
         weights = health.probabilities(q, k, mask)
         assert torch.allclose(weights @ v[0].repeat_interleave(q.size(1) // k.size(1), 0), expected[0], atol=1e-5)
     assert len(seen) == len(model.blocks)
+
+
+def test_a_letter_s_span_is_the_mean_of_its_heads():
+    rows = [{"layer": "embed"}, {"letter": "M", "span": [1.0, 3.0], "span90": [2, 2]}, {"letter": "L", "span": None},
+            {"letter": "M", "span": [8.0], "span90": [5]}]  # fmt: skip
+    assert health.letter_spans(rows) == {"M": {"span": 4.0, "span90": 3.0}}
 
 
 def test_watching_changes_nothing():

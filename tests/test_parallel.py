@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoints
+import health
 import parallel
 import runs
 import sample
@@ -178,6 +179,9 @@ def test_files_of_two_processes_are_for_one(folders, model, mode):
     read = Hydra(HydraConfig(**stored["model_config"]))
     checkpoints.load_weights(read, stored, folder / "last.pt")
     assert all(torch.equal(tensor, best["model"][name]) for name, tensor in read.state_dict().items())
+    patient = health.read_patient(folder / "last.pt")
+    assert {state["step"].item() for state in patient.optimizer.state.values()} == {8}
+    assert torch.equal(patient.model.embed.weight, read.embed.weight)
     options = sample.SampleConfig(out_dir=str(folder), checkpoint="last", dtype="float32")
     assert torch.equal(sample.load_model(options, torch.device("cpu"))[0].embed.weight, read.embed.weight)
     after = folders / f"{model}-{mode}-one"  # one process went on from there
