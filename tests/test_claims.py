@@ -76,7 +76,8 @@ STORED = {
         {"level": "attention", "mix": "C", "B": 1, "T": 256, "dtype": "float32", "mode": "eager", "ms": 1.25},
         {"level": "attention", "mix": "C", "B": 4, "T": 512, "dtype": "float32", "mode": "eager", "ms": 9.0},
         {"level": "macro", "mix": "MC", "B": 1, "T": 256, "dtype": "float32", "mode": "eager", "ms": 7.5},
-        {"level": "macro", "left_out": "no time"}]}},
+        {"level": "attention", "mix": "C", "B": 1, "T": 256, "dtype": "float32", "mode": "compiled", "ms": 0.5},
+        {"level": "attention", "mix": "C", "B": 1, "T": 64, "mode": "eager", "left_out": "no time"}]}},
     "scaling": {"tables": {"scaling": [{"level": "scaling", "mix": "scale_1", "routed_fraction": 0.5}]}},
 }  # fmt: skip
 
