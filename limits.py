@@ -1,5 +1,6 @@
 """What cannot be done is refused before anything is made of it, in one line with the estimate: sizes that no memory
-holds, and work that would be silent for minutes. `run` is a train.TrainConfig everywhere."""
+holds, and work that would be silent for minutes. What is doubtful is a warning. `run` is a train.TrainConfig
+everywhere."""
 
 import math
 
@@ -7,11 +8,12 @@ import torch
 
 from accounting import least_memory, memory_plan, pair_flops_per_token
 from configurator import UserError
-from data import Corpus, as_tokens, too_short
+from data import Corpus, as_tokens, short_shards, too_short
 from machine import Machine, attention_peak, total_memory
 from model import HydraConfig
 from parallel import Ranks
 from schedule import step_work
+from sources import split_warning
 
 CALL = 1e-4  # seconds that a layer's forward takes at least, however small it is; a backward takes two of them
 COUNTABLE = 2**56  # bytes, of a plan: torch counts with 64 bits, and working memory comes on top
@@ -80,3 +82,11 @@ def check_work(config: HydraConfig, run, machine: Machine, ranks: Ranks, corpus:
                     f"{room / 1e9:.1f} GB of {machine.device} and takes {step:.1f} minutes or more, an evaluation of "
                     f"{tokens:,} tokens {evaluation:.1f}: lower one of them, or --eval_iters; --recompute=block needs "
                     "less memory, see --plan")  # fmt: skip
+
+
+def warnings_of(corpus: Corpus, config: HydraConfig) -> list[str]:
+    """What is doubtful about the text, for a run's log."""
+    texts = [*corpus.warnings,
+             split_warning(len(corpus.train), len(corpus.val), config.block_size, corpus.remedy),
+             short_shards(corpus.train, config.block_size)]  # fmt: skip
+    return [f"WARNING: {text}" for text in texts if text]

@@ -3,6 +3,7 @@
 - Runs, any number: folders with a log.jsonl, or the log files: training loss and validation bits per byte.
 - A JSON of bench.py or scaling.py: a chart for every table, in PATH_table.png where there are several.
 - compare.py's JSON, or its folder: validation over tokens, FLOPs and seconds, a band from the best to the worst seed.
+- A checkpoint's health (diagnose.py checkpoint --json): the span of every head, and the convolutions' taps.
 It reads files and nothing else. matplotlib is not in requirements.txt: pip install matplotlib.
 """
 
@@ -18,6 +19,7 @@ from configurator import AnyPath, UserError, build, cli, need, parse, usable_pat
 
 AXES = ("steps", "tokens", "flops", "seconds")
 SCALING = ("ms_per_token", "routed_fraction", "recursing")
+MARKERS = "osD^v"  # of letters
 BARS = ("of_layer_1024", "ms", "step_mb")  # a bar's length: the first of these that a row has
 
 
@@ -138,16 +140,63 @@ def draw_compare(found: dict, _: str, figure) -> None:
                                   color=f"C{i}", alpha=0.2)  # fmt: skip
 
 
+def draw_spans(rows: list[dict], _: str, figure) -> None:
+    """A dot for every head at the mean distance of what it looks at, a line up to where 90% of the weight lies."""
+    axes = figure.subplots()
+    letters = sorted({row["letter"] for row in rows})
+    for i, letter in enumerate(letters):
+        places, spans, ends = [], [], []
+        for x, row in enumerate(rows):
+            if row["letter"] == letter:
+                heads = len(row["span"])
+                places += [x + 0.8 * ((head + 0.5) / heads - 0.5) for head in range(heads)]
+                spans += row["span"]
+                ends += row["span90"]
+        axes.vlines(places, spans, ends, color=f"C{i}", alpha=0.4)
+        axes.plot(places, spans, MARKERS[i % len(MARKERS)], color=f"C{i}", label=letter)
+    axes.set_xticks(range(len(rows)), [row["layer"].removeprefix("blocks.") for row in rows])
+    axes.set(xlabel="layer, a mark for each head", ylim=0,
+             ylabel="attention span, tokens: mean distance,\nand (line) 90% of the weight")  # fmt: skip
+
+
+def draw_taps(rows: list[dict], _: str, figure) -> None:
+    """The root mean square of every convolution's taps, in a column for each token back."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        found = [row for row in rows if row["kind"] == kind]
+        axes.imshow([row["rms"] for row in found], aspect="auto", cmap="Blues", vmin=0)
+        largest = max(max(row["rms"]) for row in found)
+        for y, row in enumerate(found):
+            for x, value in enumerate(row["rms"]):
+                colour = "white" if value > largest / 2 else "black"
+                axes.text(x, y, f"{value:.2g}", ha="center", va="center", color=colour)
+        axes.set_yticks(range(len(found)), [row["layer"] for row in found])
+        axes.set_xticks(range(len(found[0]["rms"])))
+        axes.set(title=kind, xlabel="tokens back")
+    figure.suptitle("root mean square of the convolutions' taps")
+
+
+def health_charts(found: dict) -> dict[str, tuple]:
+    """Those of a checkpoint, of what is finite."""
+    spans = [row for row in found["layers"] if row.get("span") and None not in row["span"]]
+    taps = [row for row in found["taps"] if None not in row["rms"]]
+    charts = {"spans": (draw_spans, spans, 5)} if spans else {}
+    return charts | ({"taps": (draw_taps, taps, 2 + 0.35 * len(taps))} if taps else {})
+
+
 def charts_of(path: Path) -> dict[str, tuple]:
     """The charts of a JSON, (function, what to draw, inches of height) by table."""
     try:
         found = json.loads(read(path))
         if "bases" in found:
             return {"": (draw_compare, found, 1 + 3 * len(found["bases"]))}
+        charts = {}
+        if found.get("subject") == "checkpoint":
+            charts, found = health_charts(found), {"tables": {}}
         tables = found["tables"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{str(path)!r} is no JSON of bench.py, scaling.py or compare.py: give one, or runs") from None
-    charts = {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{str(path)!r} is no JSON of bench.py, scaling.py, compare.py or diagnose.py: give one, or "
+                        "runs") from None  # fmt: skip
     for table, rows in tables.items():
         rows = [row for row in rows if {*BARS, "ms_per_token", "curve"} & row.keys()]
         if rows:
@@ -165,7 +214,7 @@ def main(argv: list[str]) -> int:
     paths = [Path(usable_path(word, "")) for word in argv if word not in words]
     (options,) = build(parse(words, PlotConfig, doc=__doc__), PlotConfig)
     if not paths:
-        raise UserError("nothing to draw: name runs, or a JSON of bench.py, scaling.py or compare.py")
+        raise UserError("nothing to draw: name runs, or a JSON of bench.py, scaling.py, compare.py or diagnose.py")
     paths = [path / "compare.json" if (path / "compare.json").exists() else path for path in paths]
     paths = [path / "log.jsonl" if path.is_dir() else path for path in paths]
     for path in paths:
@@ -191,7 +240,9 @@ def main(argv: list[str]) -> int:
     for name, (draw, what, height) in charts.items():
         figure = Figure((11, height), layout="constrained")
         draw(what, options.x, figure)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside right upper")
         out = options.out if len(charts) == 1 else f"{options.out.removesuffix('.png')}_{name}.png"
         try:
             figure.savefig(out)

@@ -1,7 +1,8 @@
 """The folder of a run: its log, what becomes of an earlier run, profiles; and what a run borrows of its process:
 signals, streams, the folder's lock. Its checkpoints: checkpoints.py.
 
-log.jsonl has a header for every start, then a JSON object a line.
+log.jsonl has a header for every start, then a JSON object a line, each with its `kind`: header, step, layers, skipped,
+unsaved, evaluation, final, stopped.
 """
 
 import contextlib
@@ -320,6 +321,20 @@ def losses(found: dict) -> str:
     return f"{text}, {found['val_bpb']:.4f} bits/byte" if "val_bpb" in found else text
 
 
+def for_json(value: object) -> object:
+    """JSON has no NaN: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {name: for_json(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [for_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter of this name is in: blocks.0, blocks.1, .., embed, norm, recursion_routers."""
+    return ".".join(parameter.split(".")[: 2 if parameter.startswith("blocks.") else 1])
+
+
 class RunLog:
     """log.jsonl, line by line; lines for people are said too. Without a path, of another rank, it goes nowhere."""
 
@@ -331,16 +346,11 @@ class RunLog:
     def start(self, step: int, resumed: bool, facts: dict) -> None:
         """The header: what was run, and with what."""
         versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-        self.write({"resumed_at" if resumed else "started": step, **facts, "git": git_hash(), **versions})
+        self.write("header", {"resumed_at" if resumed else "started": step, **facts, "git": git_hash(), **versions})
 
-    def write(self, record: dict) -> None:
-        """A record; JSON has no NaN, so numbers that are not finite become null. One that cannot be written, on a full
-        disk, is lost as a whole, and the first such one is said."""
-        entry = dict(record)
-        for name, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                entry[name] = None
-        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+    def write(self, kind: str, record: dict) -> None:
+        """A record. One that cannot be written, on a full disk, is lost as a whole, and the first such one is said."""
+        line = json.dumps({"kind": kind, **for_json(record)}, allow_nan=False).encode() + b"\n"
         size = os.fstat(self.file.fileno()).st_size
         try:
             while line:
@@ -354,30 +364,39 @@ class RunLog:
 
     def skipped(self, step: int, skipped: int, problem: str) -> None:
         """A step without an update, `skipped` of them so far."""
-        self.write({"step": step, "skipped": problem})
+        self.write("skipped", {"step": step, "skipped": problem})
         text = problem if problem.startswith("spike") else f"{problem} is not finite"
         self.say(f"step {step:5d} | {text}: update skipped ({skipped} so far)")
 
     def unsaved(self, step: int, problem: str, kept: str) -> None:
         """A step that is not fit to be saved."""
-        self.write({"step": step, "unsaved": problem})
+        self.write("unsaved", {"step": step, "unsaved": problem})
         self.say(f"step {step:5d} | {problem} is not finite: not saved, {kept}")
 
+    def layers(self, step: int, norms: dict[str, float]) -> None:
+        """The norm of each layer's gradient in a step, before the clip, by the `norms` of the parameters'. Their
+        squares add up to that of its grad_norm."""
+        squares: dict[str, float] = {}
+        for name, norm in norms.items():
+            squares[layer_of(name)] = squares.get(layer_of(name), 0.0) + norm * norm
+        layers = {name: math.sqrt(square) for name, square in squares.items()}
+        self.write("layers", {"step": step, "layers": layers})
+
     def evaluation(self, record: dict) -> None:
-        self.write(record)
+        self.write("evaluation", record)
         best = " (best)" if record["best"] else ""
         self.say(f"step {record['step']:5d} | validation {losses(record)}{best}")
 
     def give_up(self, step: int, message: str, kept: str) -> int:
         """The run's last record; its exit code."""
-        self.write({"step": step, "stopped": message})
+        self.write("stopped", {"step": step, "stopped": message})
         if self.path:
             self.say(f"error: {message}; {kept}: lower --learning_rate", error=True)
         return 1
 
     def final(self, record: dict, batches: int, seconds: float, sampling: str) -> None:
         """The number to compare, of so many `batches`, 0 = all; and the command that samples the run, if there is."""
-        self.write(record | {"final": True})
+        self.write("final", record | {"final": True})
         part = f"{batches} batches of the" if batches else "whole"
         text = f"{part} validation split: {losses(record)}; "
         text += f"{seconds:.0f} s in all, at most {record['peak_memory'] / 1e6:,.0f} MB of memory"
@@ -387,7 +406,7 @@ class RunLog:
 
     def step(self, steps: float, record: dict, routing: dict[str, float]) -> None:
         """A step of `steps` in all, which seconds make an expectation."""
-        self.write(record | routing)
+        self.write("step", record | routing)
         text = ("step {step:5d} | {done:4.0%} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:.2f} | "
                 "clipped {clipped:4.0%} | {ms:.0f} ms | {tokens_per_s:,.0f} tokens/s | "
                 "MFU {shares[0]}, by 6N {shares[1]}")  # fmt: skip
@@ -399,20 +418,24 @@ class RunLog:
         self.say(f"{text} | ETA {minutes}:{seconds:02d}")
 
 
-def settle(steps: list[NamedTuple], grad_clip: float, progress: Progress, log: RunLog) -> tuple[dict, dict]:
-    """Read what the latest steps (`train.Step`) did, which waits for them; count them in `progress` and log the skipped
-    ones. Returns the last one's loss and grad_norm, and its routing."""
+def settle(steps: list[NamedTuple], run, progress: Progress, log: RunLog) -> tuple[dict, dict]:
+    """Read what the latest steps (`train.Step`) of a run (a TrainConfig) did, which waits for them; count them in
+    `progress`, log the skipped ones and, where that was asked for, the layers' norms. Returns the last one's loss and
+    grad_norm, and its routing."""
     names, routing = list(steps[-1].norms), steps[-1].routing
     width = 3 + len(names)
     values = [v for step in steps for v in (step.loss, step.grad_norm, step.updated, *step.norms.values())]
     numbers = torch.stack([*values, *routing.values()]).tolist()  # the only sync point of a run's steps
     for i in range(len(steps)):
         loss, grad_norm, updated, *norms = numbers[i * width : (i + 1) * width]
+        step = progress.step - len(steps) + i + 1
+        if run.log_layers and step % run.log_layers == 0:
+            log.layers(step, dict(zip(names, norms, strict=True)))
         if updated:
             if progress.streak < MAX_BAD:  # else the run ends, whatever came behind them
                 progress.streak = 0
             progress.counted += 1
-            if 0 < grad_clip < grad_norm:
+            if 0 < run.grad_clip < grad_norm:
                 progress.clipped += 1
             continue
         progress.skipped += 1
@@ -423,7 +446,7 @@ def settle(steps: list[NamedTuple], grad_clip: float, progress: Progress, log: R
         elif math.isfinite(loss):
             bad = [name for name, norm in zip(names, norms, strict=True) if not math.isfinite(norm)]
             problem = f"gradient of {bad[0] if bad else 'all parameters together'}"
-        log.skipped(progress.step - len(steps) + i + 1, progress.skipped, problem)
+        log.skipped(step, progress.skipped, problem)
     routing = dict(zip(routing, numbers[len(steps) * width :], strict=True))
     steps.clear()
     return {"loss": loss, "grad_norm": grad_norm}, routing

@@ -9,7 +9,7 @@ import functools
 import math
 from dataclasses import replace
 
-from accounting import flops_per_token
+from accounting import count_params, flops_per_token
 from configurator import UserError
 from model import HydraConfig
 
@@ -41,6 +41,15 @@ def step_work(config: HydraConfig, run) -> tuple[int, float]:
     """Tokens and FLOPs of a step."""
     tokens = run.batch_size * run.gradient_accumulation_steps * config.block_size
     return tokens, 3 * flops_per_token(config, config.block_size) * tokens
+
+
+def rates_of(config: HydraConfig, run, seconds: float, peak: float) -> dict[str, float | None]:
+    """What a step that takes so many seconds comes to; its FLOPs, counted and by 6N, in parts of the `peak`."""
+    tokens, flops = step_work(config, run)
+    mfu, mfu_6n = flops / seconds / peak, 6 * count_params(config) * tokens / seconds / peak
+    if mfu > 1:  # what was measured is no peak, such as that of emulated bf16
+        mfu = mfu_6n = None
+    return {"ms": seconds * 1e3, "tokens_per_s": tokens / seconds, "mfu": mfu, "mfu_6n": mfu_6n}
 
 
 @functools.lru_cache(maxsize=8)  # it is asked for before every step

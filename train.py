@@ -16,7 +16,6 @@ Left out: float16 and its loss scaling, other optimisers.
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,15 +39,14 @@ from data import (
     eval_batches,
     get_batch,
     prepare,
-    short_shards,
     token_bytes,
     tokenizer_hash,
 )
 from files import remove_leftovers
 from generate import continue_text
 from layers import IGNORE
-from limits import check_evaluation, check_sizes, check_work
-from machine import DTYPES, Prefetch, choose_device, choose_machine, peak_memory
+from limits import check_evaluation, check_sizes, check_work, warnings_of
+from machine import DTYPES, Machine, Prefetch, choose_device, choose_machine, peak_memory
 from model import Hydra, HydraConfig
 from parallel import ALONE, Ranks, accumulates, distribute, ends_together, join, launched, local, pooled, restarted
 from schedule import (
@@ -59,14 +57,13 @@ from schedule import (
     expected_flops,
     learning_rate_at,
     planned_steps,
+    rates_of,
     resumed_with,
     step_work,
     steps_of,
 )
-from sources import split_warning
+from soundness import is_spike, unsound, watch
 
-WATCHED = 20  # losses that there must be to tell a spike from them
-MEMORY = 0.02  # weight of the newest loss in their running mean and variance, once they are 50
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
 
@@ -106,6 +103,7 @@ class TrainConfig:
     eval_iters: int = 20  # batches of one evaluation, evenly spread over the validation split, 0 = all
     final_eval_iters: int = 0  # the same for the one at the end, 0 = all: the number to compare
     log_interval: int = 10  # steps between log lines
+    log_layers: int = 0  # steps between records of every layer's gradient norm, before the clip, in log.jsonl, 0 = none
     sample_tokens: int = 80  # tokens of the sample at each evaluation, 0 = none
     sample_prompt: str = "def"  # text that the samples go on from; tokens begin with their space, so end it without
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps (eager, and untested)
@@ -121,7 +119,8 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "keep_last"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "eval_iters", "final_eval_iters",
-                     "sample_tokens", "seed", "learning_rate", "profile", "spike", "keep_every", *STOPS):  # fmt: skip
+                     "sample_tokens", "seed", "learning_rate", "profile", "spike", "keep_every", "log_layers",
+                     *STOPS):  # fmt: skip
             need(self, name, getattr(self, name) >= 0, "it must not be negative")
         stops = [name for name in STOPS if getattr(self, name)]
         need(self, " ".join(stops), len(stops) <= 1, "one of them can end a run: set the others to 0")
@@ -165,22 +164,6 @@ class Step(NamedTuple):
     updated: Tensor  # 1, or 0 where the step was skipped
     norms: dict[str, Tensor]  # of each parameter's gradient
     routing: dict[str, Tensor]  # of the last batch
-
-
-def is_spike(loss: Tensor, running: Tensor, spike: float) -> Tensor:
-    """Whether a loss is more than `spike` standard deviations above the mean of `running` [3]: the number of losses,
-    their mean and their variance."""
-    count, mean, variance = running.unbind()
-    return (count >= WATCHED) & (loss > mean + spike * variance.sqrt())
-
-
-def watch(running: Tensor, loss: Tensor, updated: Tensor) -> None:
-    """Add a loss to `running` if its step was `updated`: plain mean and variance at first, exponential ones later."""
-    count, mean, variance = running.unbind()
-    part = (1 / (count + 1)).clamp(min=MEMORY)
-    away = loss - mean
-    added = torch.stack((count + 1, mean + part * away, (1 - part) * (variance + part * away.square())))
-    running.copy_(torch.where(updated, added, running))
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]],
@@ -245,25 +228,6 @@ def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_s
     return found | {name: value / ranks.size for name, value in zip(routing, sums, strict=True)}
 
 
-@torch.no_grad()
-def is_sound(model: Hydra, batch: tuple[Tensor, Tensor], autocast: torch.autocast, ranks: Ranks) -> bool:
-    """Whether the loss is finite: weights can be finite and still be lost."""
-    model.eval()  # has its graphs already
-    with autocast:
-        sound = model(*batch).loss.isfinite()
-    model.train()
-    return not ranks.any(not sound)
-
-
-def unsound(model: Hydra, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor], autocast: torch.autocast,
-            ranks: Ranks) -> str:  # fmt: skip
-    """What of a run is not finite, so that it must not be saved: a weight, a moment or the loss; empty where all is."""
-    name = checkpoints.not_finite(model, optimizer, ranks)
-    if not name and not is_sound(model, batch, autocast, ranks):
-        return "the loss"
-    return name
-
-
 def configure(argv: list[str], session: runs.Session,
               ) -> tuple[HydraConfig, TrainConfig, Source | None, Source | None, list[str]]:  # fmt: skip
     """Defaults < a checkpoint's (--resume, --init_from) < files and options -> the two configurations, the checkpoint
@@ -323,13 +287,6 @@ def read_corpus(config: HydraConfig, run: TrainConfig) -> Corpus:
     return corpus
 
 
-def warnings_of(corpus: Corpus, config: HydraConfig) -> list[str]:
-    texts = [*corpus.warnings,
-             split_warning(len(corpus.train), len(corpus.val), config.block_size, corpus.remedy),
-             short_shards(corpus.train, config.block_size)]  # fmt: skip
-    return [f"WARNING: {text}" for text in texts if text]
-
-
 def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Source | None, initial: Source | None,
           run: TrainConfig, ids: dict[str, str], ranks: Ranks) -> Progress:  # fmt: skip
     """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
@@ -354,19 +311,115 @@ def print_plan(config: HydraConfig, run: TrainConfig) -> int:
     return 0
 
 
-def model_facts(config: HydraConfig, backends: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """What a log says of the model."""
-    facts = {"model": f"{count_params(config):,} parameters, layers {config.layers}, vocabulary {config.vocab_size}"}
+class Setup(NamedTuple):
+    """What a run has before it has a model."""
+
+    config: HydraConfig
+    run: TrainConfig
+    ranks: Ranks
+    machine: Machine
+    session: runs.Session
+    corpus: Corpus
+    bytes_V: Tensor  # of each token
+    ids: dict[str, str]  # of the text and of the tokenizer
+    windows: int  # of an evaluation
+    batches: Prefetch
+
+
+def set_up(config: HydraConfig, run: TrainConfig, source: Source | None, ranks: Ranks, device: str,
+           session: runs.Session) -> Setup:  # fmt: skip
+    """The machine and the text; UserError where they are not fit for each other, before anything is written."""
+    rows = ranks.rows(run.batch_size)
+    machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, expected_flops(config, run)), ranks)
+    corpus = ranks.one_first(partial(read_corpus, config, run))
+    check_work(config, run, machine, ranks, corpus)
+    check_evaluation(config, run, len(corpus.val))
+    bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
+    windows = eval_windows(run, source.parts if source else None)
+    ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
+    ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
+    batches = Prefetch(partial(step_batches, corpus.train, config, run, rows), machine.device)
+    batches(0)  # too short a text is refused
+    next(eval_batches(corpus.val, 1, config.block_size, max_windows=1))  # and too short a side to evaluate on
+    return Setup(config, run, ranks, machine, session, corpus, bytes_V, ids, windows, batches)
+
+
+def make_model(it: Setup) -> tuple[Hydra, nn.Module, dict[str, tuple[str, str]]]:
+    """The model, what of it training calls, and the attention core of each letter with its reason."""
+    torch.manual_seed(it.run.seed)
+    model = Hydra(it.config)
+    model.recompute = it.run.recompute == "block"
+    if it.config.doc_mask:
+        model.end_token = it.corpus.enc.eot_token
+    trained = distribute(model, it.ranks, it.machine.device, it.machine.dtype)
+    return model, trained, model.backends(it.machine.compiled, grad=True)
+
+
+def open_log(it: Setup, backends: dict[str, tuple[str, str]], notes: list[str], step: int, source: Source | None,
+             evaluates: bool) -> tuple[runs.RunLog, float]:  # fmt: skip
+    """The run's folder, in which it begins at `step`, and what was chosen and why, said and logged -> the log, and the
+    lowest validation loss that it has."""
+    config, run, corpus = it.config, it.run, it.corpus
+    out, toml = Path(run.out_dir), to_toml(config, run)
+    resumed_at = step if source and source.is_in(run.out_dir) else None
+    it.session.begin()
+    log, aside, best = runs.open_folder(out, toml, resumed_at, evaluates, it.ranks, it.session)
+    parameters, (tokens, flops) = count_params(config), step_work(config, run)
+    facts = {"corpus": corpus.description, **it.ids, **it.machine.facts,
+             "model": f"{parameters:,} parameters, layers {config.layers}, vocabulary {config.vocab_size}"}  # fmt: skip
     for letter, (backend, reason) in backends.items():
         facts[f"attention {letter}"] = f"{backend} ({reason}); {KINDS[letter].text}"
-    return facts
+    facts["ends"] = describe_end(config, run)
+    said = [toml, aside, *notes, *warnings_of(corpus, config)]
+    it.session.say("\n".join([*said, *(f"{name}: {fact}" for name, fact in facts.items())]))
+    log.start(step, bool(source), facts | {
+        "config": asdict(config) | asdict(run), "parameters": parameters, "matmul_peak": it.machine.peak,
+        "datasheet_peak": it.machine.listed_peak, "flops_per_token": flops / tokens})  # fmt: skip
+    return log, best
 
 
-def say_sample(model: Hydra, enc, run: TrainConfig, step: int, autocast: torch.autocast,
-               say: Callable[[str], None]) -> None:  # fmt: skip
-    with autocast:
-        text = continue_text(model, enc, run.sample_prompt, run.sample_tokens, run.seed + step)
-    say("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30)
+def validate(it: Setup, model: Hydra, windows: int) -> dict[str, float]:
+    """`evaluate` on the run's text, which a signal may break off."""
+    with it.session.saved(), it.machine.autocast():
+        return evaluate(model, it.corpus.val, it.bytes_V, it.run.batch_size, windows, it.machine.device, it.ranks,
+                        it.session.stop)  # fmt: skip
+
+
+def say_sample(it: Setup, model: Hydra, step: int) -> None:
+    """Where samples were asked for and have a text."""
+    run, enc = it.run, it.corpus.enc
+    if not (run.sample_tokens and enc and it.ranks.samples):
+        return
+    with it.session.saved():
+        with it.machine.autocast():
+            text = continue_text(model, enc, run.sample_prompt, run.sample_tokens, run.seed + step)
+        it.session.say("-" * 30 + f" sample at step {step}\n{text}\n" + "-" * 30)
+
+
+def take_step(it: Setup, trained: nn.Module, optimizer: torch.optim.Optimizer, step: int, steps: float,
+              running: Tensor) -> Step:  # fmt: skip
+    """Step `step` of so many, at its rate, on its batches."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, it.run, steps)
+    return train_step(trained, optimizer, it.batches(step), it.run.grad_clip, it.machine.autocast(), it.ranks,
+                      it.run.spike, running)  # fmt: skip
+
+
+def conclude(it: Setup, model: Hydra, log: runs.RunLog, progress: Progress, loss: float, began: float, lost: str,
+             kept: str) -> int:  # fmt: skip
+    """The number to compare, behind the last step, which had this `loss` -> the run's exit code. `lost`: what is not
+    finite."""
+    run = it.run
+    found = validate(it, model, run.batch_size * run.final_eval_iters)
+    peak = peak_memory(it.machine.device)
+    found = {"step": progress.step, **found, "seconds": progress.seconds, "peak_memory": peak}
+    if not math.isfinite(found["val_loss"]) or not math.isfinite(loss):
+        lost = lost or "the loss"
+    sampling = "" if lost else runs.sample_command(model, it.corpus.enc, run.out_dir)
+    log.final(found, run.final_eval_iters, time.perf_counter() - began, sampling)
+    if lost:
+        return log.give_up(progress.step, f"the run ended and {lost} is not finite", kept)
+    return 0
 
 
 def run_training(argv: list[str], session: runs.Session) -> int:
@@ -383,39 +436,17 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     out = Path(run.out_dir)
     if out.is_dir():
         session.take(out)  # before the work of preparing it, in which nothing of it is touched
-    rows = ranks.rows(run.batch_size)
-
-    # ---- machine
-    tokens_per_step, flops_per_step = step_work(config, run)
-    total = expected_flops(config, run)
-    machine = pooled(choose_machine(device, run.dtype, run.compile, config.dim, total), ranks)
-
-    # ---- data
-    corpus = ranks.one_first(partial(read_corpus, config, run))
-    check_work(config, run, machine, ranks, corpus)
-    check_evaluation(config, run, len(corpus.val))
-    bytes_V = torch.from_numpy(token_bytes(corpus.enc, config.vocab_size))
-    windows = eval_windows(run, source.parts if source else None)
-    ids = {"fingerprint": corpus.fingerprint, "tokenizer": tokenizer_hash(corpus.enc)}
-    ranks.check_same(f"data={run.data!r}, fingerprint and tokenizer", ids)
-    batches = Prefetch(partial(step_batches, corpus.train, config, run, rows), machine.device)
-    batches(0)  # too short a text is refused before anything is written
-    next(eval_batches(corpus.val, 1, config.block_size, max_windows=1))  # and too short a side to evaluate on
+    it = set_up(config, run, source, ranks, device, session)
+    machine = it.machine
 
     # ---- model, optimiser, resume
-    torch.manual_seed(run.seed)
-    model = Hydra(config)
-    model.recompute = run.recompute == "block"
-    if config.doc_mask:
-        model.end_token = corpus.enc.eot_token
-    trained = distribute(model, ranks, machine.device, machine.dtype)
-    backends = model.backends(machine.compiled, grad=True)
+    model, trained, backends = make_model(it)
     optimizer = make_optimizer(model, run)
-    progress = begin(model, optimizer, source, initial, run, ids, ranks)
+    progress = begin(model, optimizer, source, initial, run, it.ids, ranks)
     del initial  # as large as the model
     running = torch.tensor(progress.running, device=machine.device)  # losses, for --spike
-    begins = progress.step if source and source.is_in(run.out_dir) else None
-    replaced = begins if source and source.path.name == "last.pt" else None  # the step of OUT_DIR's last.pt
+    goes_on = source and source.path.name == "last.pt" and source.is_in(run.out_dir)
+    replaced = progress.step if goes_on else None  # the step of OUT_DIR's last.pt
     kept_ones = Kept(run.keep_every, run.keep_last)
     first_step = progress.step
     steps: list[Step] = []  # that are not read yet
@@ -433,21 +464,11 @@ def run_training(argv: list[str], session: runs.Session) -> int:
     def save(name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         progress.running = running.tolist()
         configs = {"model_config": asdict(config), "train_config": asdict(run)}
-        content = configs | ids | asdict(progress) | {"eval_windows": windows}
+        content = configs | it.ids | asdict(progress) | {"eval_windows": it.windows}
         checkpoints.save_run(out / name, content, model, optimizer, ranks, kept_ones, replaced)
 
-    # ---- the run's folder; say what was chosen and why
-    session.begin()
-    log, aside, best = runs.open_folder(out, to_toml(config, run), begins, evaluates, ranks, session)
+    log, best = open_log(it, backends, notes, first_step, source, evaluates)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
-    facts = {"corpus": corpus.description, **ids, **machine.facts, **model_facts(config, backends)}
-    facts["ends"] = describe_end(config, run)
-    notes += warnings_of(corpus, config)
-    said = [to_toml(config, run), aside, *notes, *(f"{name}: {fact}" for name, fact in facts.items())]
-    session.say("\n".join(said))
-    log.start(first_step, bool(source), facts | {
-        "config": asdict(config) | asdict(run), "parameters": count_params(config), "matmul_peak": machine.peak,
-        "datasheet_peak": machine.listed_peak, "flops_per_token": flops_per_step / tokens_per_step})  # fmt: skip
 
     # ---- the loop: save, evaluate, sample, step
     if machine.compiled:
@@ -464,7 +485,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
         stop, asked = ranks.total([len(session.stop), len(session.save)])  # asked: to save
         saves = due or stop or asked or kept_ones.stays(step)
         if steps and saves:
-            numbers, _ = runs.settle(steps, run.grad_clip, progress, log)
+            numbers, _ = runs.settle(steps, run, progress, log)
             progress.seconds += time.perf_counter() - start
         if final or stop or progress.streak >= runs.MAX_BAD:
             profile.finish()
@@ -473,7 +494,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
             return log.give_up(step, f"{progress.streak} steps in a row were not finite, or spikes", kept)
         if saves and step > first_step:
             session.save.clear()
-            lost = unsound(model, optimizer, batches(step)[0], machine.autocast(), ranks)
+            lost = unsound(model, optimizer, it.batches(step)[0], machine.autocast(), ranks)
             if lost:
                 log.unsaved(step, lost, kept)
             else:
@@ -486,62 +507,41 @@ def run_training(argv: list[str], session: runs.Session) -> int:
         if stop:
             raise runs.Stopped
         if due:
-            with session.saved(), machine.autocast():
-                found = evaluate(model, corpus.val, bytes_V, run.batch_size, windows, machine.device, ranks,
-                                 session.stop)  # fmt: skip
+            found = validate(it, model, it.windows)
             best = not lost and 0 < found["val_loss"] < progress.best  # 0 could never be reached again
             log.evaluation({"step": step, **found, "best": best, "seconds": progress.seconds})
             if best:
                 progress.best = found["val_loss"]
             if best and step > 0:
                 save("best.pt")
-            if run.sample_tokens and corpus.enc and ranks.samples and math.isfinite(found["val_loss"]):
-                with session.saved():
-                    say_sample(model, corpus.enc, run, step, machine.autocast(), session.say)
+            if math.isfinite(found["val_loss"]):
+                say_sample(it, model, step)
         if final:
             break
 
         profile.step()
         if not steps:
             start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, run, in_all)
-        steps.append(train_step(trained, optimizer, batches(step), run.grad_clip, machine.autocast(), ranks, run.spike,
-                                running))  # fmt: skip
+        steps.append(take_step(it, trained, optimizer, step, in_all, running))
         progress.step += 1
         if machine.compiled and step == first_step:
             progress.seconds -= time.perf_counter() - start  # of compilation, which are added with this line's steps
         if step > 0 and progress.step % run.log_interval > 0:
             continue
         taken = len(steps)
-        numbers, routing = runs.settle(steps, run.grad_clip, progress, log)
+        numbers, routing = runs.settle(steps, run, progress, log)
         seconds = time.perf_counter() - start
         progress.seconds += seconds
-        mean = seconds / taken
         pace = (time.perf_counter() - began) / (progress.step - first_step)
-        mfu: list[float | None] = [flops_per_step / mean / machine.peak,
-                                   6 * count_params(config) * tokens_per_step / mean / machine.peak]  # fmt: skip
-        if mfu[0] > 1:  # what was measured is no peak, such as that of emulated bf16
-            mfu = [None, None]
         eta = run.max_seconds - progress.seconds if run.max_seconds else (in_all - progress.step) * pace
+        rates = rates_of(config, run, seconds / taken, machine.peak)
         log.step(steps_in_all(), {
-            "step": progress.step, **numbers, "lr": group["lr"], "clipped": progress.clipped / max(1, progress.counted),
-            "ms": mean * 1e3, "tokens_per_s": tokens_per_step / mean, "mfu": mfu[0], "mfu_6n": mfu[1],
-            "eta_s": max(0.0, eta), "skipped": progress.skipped}, routing)  # fmt: skip
+            "step": progress.step, **numbers, "lr": optimizer.param_groups[0]["lr"],
+            "clipped": progress.clipped / max(1, progress.counted), **rates, "eta_s": max(0.0, eta),
+            "skipped": progress.skipped}, routing)  # fmt: skip
         progress.clipped = progress.counted = 0
 
-    # ---- the number to compare
-    with session.saved(), machine.autocast():
-        found = evaluate(model, corpus.val, bytes_V, run.batch_size, run.batch_size * run.final_eval_iters,
-                         machine.device, ranks, session.stop)  # fmt: skip
-    found = {"step": progress.step, **found, "seconds": progress.seconds, "peak_memory": peak_memory(machine.device)}
-    if not math.isfinite(found["val_loss"]) or not math.isfinite(numbers["loss"]):
-        lost = lost or "the loss"
-    sampling = "" if lost else runs.sample_command(model, corpus.enc, run.out_dir)
-    log.final(found, run.final_eval_iters, time.perf_counter() - began, sampling)
-    if lost:
-        return log.give_up(progress.step, f"the run ended and {lost} is not finite", kept)
-    return 0
+    return conclude(it, model, log, progress, numbers["loss"], began, lost, kept)
 
 
 @ends_together()

@@ -61,8 +61,9 @@ def records_of(trial: Trial, fingerprint: str) -> list[dict]:
             records.append(dict(json.loads(line)))
     wanted = asdict(trial.config) | asdict(trial.run)
     headers = [record for record in records if "config" in record]
+    older = asdict(HydraConfig()) | asdict(TrainConfig())  # the options that a log does not have yet
     for header in headers:
-        there = header["config"]
+        there = older | header["config"]
         differs = {name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)}
         if differs - WHEREABOUTS or header.get("fingerprint") != fingerprint:
             return []

@@ -402,3 +402,18 @@ def test_the_bound_is_above_the_plan(changes):
     config = replace(HydraConfig(dim=64, n_head=4, n_kv_head=2, n_layer=2, pattern="CM", vocab_size=512), **changes)
     for B, T in ((1, 16), (2, 128)):
         assert accounting.step_bound(config, B, T) > sum(accounting.memory_plan(config, B, T, torch.float32).values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "short_conv": 3}, {"mod_capacity": 0.5, "router": "random"},
+                                     {"mor_recursions": 3, "router": "random"}])  # fmt: skip
+def test_the_least_of_a_step_is_known_for_every_option(changes):
+    """Also for those that one letter alone, or one layer, would be refused with."""
+    config = replace(HydraConfig(dim=64, n_head=4, n_kv_head=2, n_layer=4, pattern="MCLA", vocab_size=512), **changes)
+    blocks = accounting.one_of_each(config)
+    assert set(blocks) == set("MCLA")
+    sizes = {letter: accounting.count_params(block) for letter, block in blocks.items()}
+    routers = [*accounting.skeleton(config).depth_routers, *accounting.skeleton(config).recursion_routers]
+    routed = sum(map(accounting.count_params, routers))
+    assert sum(sizes.values()) + 64 * 512 + 64 + routed == accounting.count_params(config)
+    assert accounting.least_memory(config, 2, 1, True) < sum(
+        accounting.memory_plan(config, 2, 256, torch.float32).values())  # fmt: skip

@@ -23,6 +23,8 @@ import trials
 from accounting import count_params, flops_per_token, state_bytes
 from attention import GQA, KINDS
 from configurator import UserError, field_comments
+from model import HydraConfig
+from train import TrainConfig
 
 ROOT = Path(compare.__file__).parent
 SHAPE = {"vocab_size": 257, "block_size": 16, "dim": 16, "n_head": 2, "n_kv_head": 1, "n_layer": 1, "mlp_ratio": 1.0,
@@ -296,6 +298,15 @@ def test_a_run_of_another_configuration_or_text_is_not_taken(made):
     assert len(made) == 3
     run("a.toml", *args, "--keep")
     assert len(made) == 3
+
+
+def test_a_log_that_is_older_than_an_option_is_of_its_default(tmp_path):
+    trial = trials.Trial(HydraConfig(dim=64), TrainConfig(out_dir=str(tmp_path)), 0.0)
+    for changes, found in (({}, 1), ({"log_layers": 2}, 0)):
+        config = asdict(trial.config) | asdict(trial.run)
+        del config["log_layers"]
+        (tmp_path / "log.jsonl").write_text(json.dumps({"config": config | changes, "fingerprint": "it"}) + "\n")
+        assert len(trials.records_of(trial, "it")) == found
 
 
 def test_a_folder_of_data_may_hold_the_comparison(made):

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoints
+import health
 import parallel
 import runs
 import sample
@@ -40,7 +41,7 @@ SHAPE = {"vocab_size": 257, "block_size": 32, "dim": 32, "n_head": 2, "n_kv_head
 # a learning rate that does not depend on max_iters, so that a run of 8 steps is the beginning of one of 12
 OPTIONS = {"tokenizer": "bytes", "data": ROOT / "config" / "python4096.tiktoken", "dtype": "float32", "batch_size": 4,
            "eval_iters": 3, "final_eval_iters": 4, "eval_interval": 4, "warmup_iters": 2, "min_lr_ratio": 1.0,
-           "log_interval": 1, "sample_tokens": 2, "max_iters": 8}  # fmt: skip
+           "log_interval": 1, "sample_tokens": 2, "max_iters": 8, "log_layers": 3}  # fmt: skip
 DENSE = {"gradient_accumulation_steps": 2}
 ROUTED = {"mod_capacity": 0.25, "mor_recursions": 2, "recompute": "block"}
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -156,6 +157,9 @@ def test_two_processes_train_as_one(folders, history):
         assert values(ours, key) == pytest.approx(values(one, key), rel=1e-5), key
     for key in ("aux_loss", "routed_fraction", "mean_depth", "val_routed_fraction"):
         assert values(ours, key) == pytest.approx(values(one, key), abs=0.01), key  # by comparisons, which may tip
+    norms = zip(values(ours, "layers"), values(one, "layers"), strict=True)
+    assert all(layers == pytest.approx(expected, rel=1e-4) for layers, expected in norms)
+    assert [record["step"] for record in records(ours, "layers")] == [3, 6, 9, 12]
     assert values(ours, "val_loss")[0] == pytest.approx(values(one, "val_loss")[0], rel=1e-6)  # of the same weights
     steps = [record["step"] for record in records(ours, "loss")]
     assert steps == list(range(1, 13)) and len(records(ours, "best")) == 4  # one process wrote
@@ -175,6 +179,9 @@ def test_files_of_two_processes_are_for_one(folders, model, mode):
     read = Hydra(HydraConfig(**stored["model_config"]))
     checkpoints.load_weights(read, stored, folder / "last.pt")
     assert all(torch.equal(tensor, best["model"][name]) for name, tensor in read.state_dict().items())
+    patient = health.read_patient(folder / "last.pt")
+    assert {state["step"].item() for state in patient.optimizer.state.values()} == {8}
+    assert torch.equal(patient.model.embed.weight, read.embed.weight)
     options = sample.SampleConfig(out_dir=str(folder), checkpoint="last", dtype="float32")
     assert torch.equal(sample.load_model(options, torch.device("cpu"))[0].embed.weight, read.embed.weight)
     after = folders / f"{model}-{mode}-one"  # one process went on from there

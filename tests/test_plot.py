@@ -149,8 +149,44 @@ def test_a_comparison_is_drawn(matplotlib, tmp_path, monkeypatch):
         assert (low, high) == pytest.approx((1.1, 3.5))
 
 
+HEALTH = {"subject": "checkpoint", "layers": [
+    {"layer": "embed"}, {"layer": "blocks.0", "letter": "M", "span": [3.0, 5.0], "span90": [7, 9]},
+    {"layer": "blocks.1", "letter": "C", "span": [4.0], "span90": [6]},
+    {"layer": "blocks.2", "letter": "C", "span": [None], "span90": [0]}, {"layer": "norm", "span": None}],
+    "taps": [{"layer": "blocks.1", "kind": "depthwise", "rms": [1.0, 0.5, 0.25], "mean": [1.0, -0.5, 0.25]},
+             {"layer": "blocks.1", "kind": "grouped", "rms": [0.3, 0.2, 0.1]},
+             {"layer": "blocks.2", "kind": "depthwise", "rms": [2.0, None, 0.0]}]}  # fmt: skip
+
+
+def test_a_checkpoint_s_health_is_drawn(matplotlib, tmp_path, monkeypatch):
+    """Every head of a layer whose spans are finite, from its mean to where 90% lies; every tap in its place."""
+    (tmp_path / "health.json").write_text(json.dumps(HEALTH))
+    figures = {}
+
+    def noted(name, real):
+        def draw(rows, x, figure):
+            real(rows, x, figure)
+            figures[name] = figure
+
+        monkeypatch.setattr(plot, name, draw)
+
+    noted("draw_spans", plot.draw_spans)
+    noted("draw_taps", plot.draw_taps)
+    assert plot.main([str(tmp_path / "health.json"), f"--out={tmp_path / 'x.png'}"]) == 0
+    assert size(tmp_path / "x_spans.png") == (1100, 500) and size(tmp_path / "x_taps.png")[0] == 1100
+    (axes,) = figures["draw_spans"].axes
+    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {"C": [4.0], "M": [3.0, 5.0]}
+    ends = {segment[0][1]: segment[1][1] for lines in axes.collections for segment in lines.get_segments()}
+    assert ends == {3.0: 7.0, 5.0: 9.0, 4.0: 6.0}
+    assert [round(x) for line in axes.lines for x in line.get_xdata()] == [1, 0, 0]
+    found = [axes.images[0].get_array().tolist() for axes in figures["draw_taps"].axes]
+    assert found == [[[1.0, 0.5, 0.25]], [[0.3, 0.2, 0.1]]]
+    assert [axes.get_title() for axes in figures["draw_taps"].axes] == ["depthwise", "grouped"]
+
+
 def test_it_reads_no_other_program():
-    done = [name for name in ("bench", "scaling", "compare", "trials", "train", "torch") if name in vars(plot)]
+    others = ("bench", "scaling", "compare", "trials", "train", "health", "torch")
+    done = [name for name in others if name in vars(plot)]
     assert not done
 
 
@@ -162,13 +198,16 @@ def files(tmp_path):
     (tmp_path / "empty" / "log.jsonl").write_text("")
     (tmp_path / "noise.bin").write_bytes(bytes(range(256)))
     (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "ill.json").write_text('{"subject": "checkpoint", "layers": [3]}')
+    (tmp_path / "bare.json").write_text('{"subject": "checkpoint", "layers": [], "taps": []}')
     (tmp_path / "cut.json").write_text('{"tables": {')
     (tmp_path / "rows.json").write_text(json.dumps({"tables": {"train": TABLES["train"]}}))
 
 
 @pytest.mark.parametrize("args, words", [
     ([], "nothing to draw"), (["nowhere"], "does not exist"), (["empty"], "no step"), (["noise.bin"], "no step"),
-    (["list.json"], "is no JSON of bench.py"), (["cut.json"], "is no JSON of bench.py"),
+    (["list.json"], "is no JSON of bench.py"), (["ill.json"], "is no JSON of bench.py"),
+    (["bare.json"], "no rows to draw"), (["cut.json"], "is no JSON of bench.py"),
     (["rows.json"], "no rows to draw"), (["rows.json", "run"], "one JSON at a time"), (["run", "--x=hours"], "x='h"),
     (["old", "--x=flops"], "does not say its flops"), (["run", "--out=no/such/x.png"], "its folder does not exist"),
     (["run", "--out=x.jpg"], "name a .png"), (["run", "--xx=steps"], "unknown key"),

@@ -199,7 +199,7 @@ def test_every_record_is_a_line_of_json_at_once(tmp_path, capsys):
     path = tmp_path / "log.jsonl"
     log = runs.RunLog(path)
     log.start(3, True, {"dtype": "float32"})
-    log.write({"step": 1, "loss": math.nan, "lr": math.inf, "name": "nan", "count": 2})
+    log.write("any", {"step": 1, "loss": math.nan, "lr": math.inf, "name": "nan", "parts": {"a": [math.nan, 2]}})
     log.skipped(7, 2, "loss")
     log.evaluation({"step": 8, "val_loss": 2.0, "val_bpb": 3.0, "best": True})
     log.evaluation({"step": 9, "val_loss": 2.5, "val_bpb": 3.5, "best": False})
@@ -210,9 +210,9 @@ def test_every_record_is_a_line_of_json_at_once(tmp_path, capsys):
     header = found[0]
     assert header["resumed_at"] == 3 and header["dtype"] == "float32" and header["git"] == runs.git_hash()
     assert header["torch"] == torch.__version__ and {"numpy", "python"} <= header.keys()
-    assert found[1] == {"step": 1, "loss": None, "lr": None, "name": "nan", "count": 2}
-    assert found[2] == {"step": 7, "skipped": "loss"}
-    assert found[5] == step | {"routed_fraction": 0.125}
+    assert found[1] == {"kind": "any", "step": 1, "loss": None, "lr": None, "name": "nan", "parts": {"a": [None, 2]}}
+    assert found[2] == {"kind": "skipped", "step": 7, "skipped": "loss"}
+    assert found[5] == {"kind": "step"} | step | {"routed_fraction": 0.125}
     runs.RunLog(path).start(0, False, {})
     assert records(tmp_path)[:6] == found and records(tmp_path)[6]["started"] == 0
     assert capsys.readouterr().out.splitlines() == [

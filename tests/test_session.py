@@ -34,6 +34,7 @@ import machine
 import model
 import parallel
 import runs
+import soundness
 import train
 from configurator import UserError, say
 from files import Lock, reason, remove_leftovers, saved_file
@@ -181,7 +182,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypat
         return real(self, idx, targets)
 
     sound = []
-    is_sound = train.is_sound
+    is_sound = soundness.is_sound
 
     def quiet(*args):
         sound.append(1)
@@ -191,7 +192,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Hydra, "forward", forward)
-        patch.setattr(train, "is_sound", quiet)
+        patch.setattr(soundness, "is_sound", quiet)
         assert train.main(options(tmp_path, "run", **RUN)) == 128 + number
     assert len(calls) == call
     printed = capfd.readouterr()

@@ -97,6 +97,10 @@ def losses(out: Path) -> list[tuple]:
     return [tuple(r.get(k) for k in keys) for r in records(out) if "step" in r]
 
 
+def layer_norms(out: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(record["step"], record["layers"]) for record in records(out) if record["kind"] == "layers"]
+
+
 def checkpoint(out: Path, name: str = "last") -> dict:
     return torch.load(out / f"{name}.pt", weights_only=True)
 
@@ -424,6 +428,56 @@ def test_a_part_of_the_steps_is_clipped(tmp_path, monkeypatch):
         assert train.main(options(tmp_path, "broken", grad_clip=bound, log_interval=5, **keys)) == 130
     train.main([f"--out_dir={tmp_path / 'broken'}", "--resume"])
     assert losses(tmp_path / "broken") == losses(tmp_path / "coarse")
+
+
+@pytest.mark.parametrize("keys", [
+    dict(n_layer=2, pattern="MC", log_layers=1, grad_clip=0.01, gradient_accumulation_steps=2, mod_capacity=0.5),
+    dict(n_layer=1, pattern="L", log_layers=2, mor_recursions=2, log_interval=3, eval_interval=5),
+])  # fmt: skip
+def test_the_norms_of_the_layers_are_logged_every_so_many_steps(tmp_path, keys):
+    """Before the clip: their squares add up to that of the whole gradient, whenever they are read."""
+    train.main(options(tmp_path, "run", max_iters=7, dtype="float32", **keys))
+    train.main(options(tmp_path, "every", max_iters=7, dtype="float32", **keys | {"log_interval": 1, "log_layers": 0}))
+    every = {record["step"]: record["grad_norm"] for record in step_records(tmp_path / "every")}
+    found = layer_norms(tmp_path / "run")
+    assert [step for step, _ in found] == [step for step in range(1, 8) if step % keys["log_layers"] == 0]
+    names = {"embed", "norm", *(f"blocks.{i}" for i in range(keys["n_layer"]))}
+    names |= {"recursion_routers"} if "mor_recursions" in keys else set()
+    for step, norms in found:
+        assert norms.keys() == names and all(norm > 0 for norm in norms.values())
+        assert math.hypot(*norms.values()) == pytest.approx(every[step], rel=1e-5)
+    assert layer_norms(tmp_path / "every") == []
+
+
+def test_the_norm_of_a_layer_is_that_of_its_parameters(tmp_path):
+    """Of the batch that the seed draws, by autograd, for the weights that the run begins with."""
+    keys = dict(n_layer=2, pattern="MC", dtype="float32", max_iters=1)
+    train.main(options(tmp_path, "run", log_layers=1, **keys))
+    config, run = configurations(tmp_path, **keys)
+    torch.manual_seed(run.seed)
+    model = Hydra(config)
+    model(*get_batch(text_tokens(tmp_path).train, 2, 32, run.seed, 0)).loss.backward()
+    ((_, norms),) = layer_norms(tmp_path / "run")
+    for i, block in enumerate(model.blocks):
+        gradient = torch.cat([p.grad.flatten() for p in block.parameters()])
+        assert norms[f"blocks.{i}"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert norms["embed"] == pytest.approx(model.embed.weight.grad.norm().item(), rel=1e-5)
+
+
+def test_every_record_of_a_log_names_its_kind(tmp_path, monkeypatch):
+    """A norm that is not finite is null there."""
+    poison(monkeypatch, 2, *range(4, 14))
+    assert train.main(options(tmp_path, "run", max_iters=20, log_layers=1, eval_interval=3, log_interval=1)) == 1
+    found = records(tmp_path / "run")
+    for record in found:
+        expected = {"header": "config", "step": "loss", "layers": "layers", "skipped": "skipped", "stopped": "stopped",
+                    "evaluation": "best"}[record["kind"]]  # fmt: skip
+        assert expected in record
+    assert {record["kind"] for record in found} == {"header", "step", "layers", "skipped", "evaluation", "stopped"}
+    bad = dict(layer_norms(tmp_path / "run"))[2]
+    assert bad["blocks.3"] is None and bad["norm"] > 0
+    train.main(options(tmp_path, "whole", max_iters=0))
+    assert [record["kind"] for record in records(tmp_path / "whole")] == ["header", "evaluation", "final"]
 
 
 def test_samples_have_their_seed_and_are_left_out_where_they_say_nothing(tmp_path, monkeypatch, capsys):
@@ -775,7 +829,7 @@ def test_a_gradient_that_is_not_finite_is_named_skipped_and_leaves_no_trace(tmp_
     assert all(p.isfinite().all() for p in weights(tmp_path / "run").values())
     assert [(r["step"], r["skipped"], r["clipped"]) for r in step_records(tmp_path / "run")] == [(1, 0, 1), (5, 1, 1)]
     skipped = [r for r in records(tmp_path / "run") if "skipped" in r and "loss" not in r]
-    assert skipped == [{"step": 2, "skipped": "gradient of blocks.3.mlp.down.weight"}]
+    assert skipped == [{"kind": "skipped", "step": 2, "skipped": "gradient of blocks.3.mlp.down.weight"}]
     moments = checkpoint(tmp_path / "run")["optimizer"]["state"]
     assert {int(moment["step"]) for moment in moments.values()} == {4}
 
@@ -1073,8 +1127,8 @@ def test_bad_steps_are_counted_over_a_resume(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keys", [
-    dict(dtype="bfloat16", gradient_accumulation_steps=2),
-    dict(dtype="float32", log_interval=4, grad_clip=2.0, mod_capacity=0.5, n_layer=4),
+    dict(dtype="bfloat16", gradient_accumulation_steps=2, log_layers=2),
+    dict(dtype="float32", log_interval=4, log_layers=1, grad_clip=2.0, mod_capacity=0.5, n_layer=4),
 ])  # fmt: skip
 def test_a_run_that_is_interrupted_and_resumed_equals_a_straight_one(tmp_path, monkeypatch, capsys, keys):
     """Ctrl-C within step 5, between two evaluations: losses, rates, counters, weights and moments."""
@@ -1087,6 +1141,7 @@ def test_a_run_that_is_interrupted_and_resumed_equals_a_straight_one(tmp_path, m
     assert checkpoint(tmp_path / "broken")["step"] == 5
     assert train.main([f"--out_dir={tmp_path / 'broken'}", "--resume"]) == 0
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    assert layer_norms(tmp_path / "broken") == layer_norms(tmp_path / "straight") != []
     ours, theirs = checkpoint(tmp_path / "broken"), checkpoint(tmp_path / "straight")
     assert equal(ours["model"], theirs["model"]) and ours["best"] == theirs["best"]
     moments = [content["optimizer"]["state"] for content in (ours, theirs)]
