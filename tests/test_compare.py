@@ -229,7 +229,8 @@ def test_a_stored_comparison_is_printed_in_markdown(made, capsys):
     assert not made
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].startswith("`python compare.py --data=text.txt --jobs=1") and out.count("Equal flops, bits/byte") == 2
+    assert lines[0].startswith("`python compare.py --data=text.txt --jobs=1")
+    assert out.count("Equal flops, bits/byte") == 2
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| b ")]
     assert len(rows) == 4
     row = result["bases"]["tokens"]["rows"][1]
@@ -484,7 +485,7 @@ def test_it_starts_its_own_processes(made, monkeypatch):
 
 def test_two_comparisons_do_not_share_a_folder(made):
     Path("out_compare").mkdir()
-    with compare.open_log(Path("out_compare")), pytest.raises(UserError, match="another comparison is at work there"):
+    with compare.open_log(Path("out_compare")), pytest.raises(UserError, match="another command is at work there"):
         run(write(Path("a.toml")))
 
 
