@@ -44,7 +44,7 @@ class Context(NamedTuple):
     uniform: bool = False  # decoding: every row has `visible` tokens, so that no mask is needed
     static: bool = False  # decoding: no shape, address or choice follows the text, so that the step may be captured
     keep: Tensor | None = None  # decoding: bool [B], the rows that may change the state, None = all
-    place: Tensor | None = None  # what `pos` was at first, for random routers, None where there is none
+    place: Tensor | None = None  # what `pos` was at first, where routers are random
 
 
 LayerState = dict[str, Tensor]  # what one layer keeps of the past, by name: see `Attention.new_state`

@@ -2,8 +2,8 @@
 
 - Runs, any number: folders with a log.jsonl, or the log files: training loss and validation bits per byte.
 - A JSON of bench.py or scaling.py: a chart for every table, in PATH_table.png where there are several.
-- compare.py's JSON, or its folder: validation over tokens, FLOPs and seconds, or the one that --x names; a band from the
-  best to the worst seed.
+- compare.py's JSON, or its folder: validation over tokens, FLOPs and seconds, or over --x alone; a band from the best
+  to the worst seed.
 - A checkpoint's health (diagnose.py checkpoint --json): the span of every head, and the convolutions' taps.
 - diagnose.py's JSON: of recall the accuracy by pairs and the steps to 99%, of stability every layer's gradient norm.
 It reads files and nothing else. matplotlib is not in requirements.txt: pip install matplotlib.
@@ -145,9 +145,8 @@ def draw_compare(found: dict, x: str, figure) -> None:
         for axes, place in zip(row, places, strict=True):
             axes.set(xlabel=NAMES[place])
             for i, (name, curve) in enumerate(result["curves"].items()):
-                colour = MANY[i % len(MANY)]
-                axes.plot(curve[place], list(map(fmean, curve["losses"])), color=colour, marker=MARKERS[i % len(MARKERS)],
-                          label=name)  # fmt: skip
+                colour, marker = MANY[i % len(MANY)], MARKERS[i % len(MARKERS)]
+                axes.plot(curve[place], list(map(fmean, curve["losses"])), color=colour, marker=marker, label=name)
                 axes.fill_between(curve[place], list(map(min, curve["losses"])), list(map(max, curve["losses"])),
                                   color=colour, alpha=0.15, linewidth=0)  # fmt: skip
 

@@ -140,13 +140,15 @@ def test_a_comparison_is_drawn(matplotlib, tmp_path, monkeypatch):
         assert plot.main([str(tmp_path / name), f"--out={tmp_path / 'x.png'}"]) == 0
     assert size(tmp_path / "x.png") == (1100, 700)
     for figure in drawn:
-        assert [axes.get_xlabel() for axes in figure.axes] == ["tokens", "flops", "seconds"] * 2
+        assert [axes.get_xlabel() for axes in figure.axes] == list(plot.NAMES.values()) * 2
         words = ["bits/byte, equal tokens", "bits/byte, equal seconds"]
         assert [axes.get_ylabel() for axes in figure.axes[::3]] == words
         a, b = figure.axes[0].lines
         assert list(b.get_ydata()) == pytest.approx([3.8 / 3 + 2, 3.8 / 3 + 1, 3.8 / 3]) and b.get_label() == "b"
         low, high = figure.axes[0].collections[1].get_datalim(figure.axes[0].transData).intervaly
         assert (low, high) == pytest.approx((1.1, 3.5))
+    assert plot.main([str(tmp_path), f"--out={tmp_path / 'x.png'}", "--x=flops"]) == 0
+    assert [axes.get_xlabel() for axes in drawn[-1].axes] == ["training FLOPs"] * 2
 
 
 HEALTH = {"subject": "checkpoint", "layers": [
