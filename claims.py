@@ -26,8 +26,8 @@ AT = " / ".join(map(str, LENGTHS))
 COUNTED = "python diagnose.py report"
 RECALL = "python diagnose.py recall --json=results/recall.json"
 STABILITY = "python diagnose.py stability --json=results/stability.json"
-LEARNING = ("python compare.py config/tiny_mha.toml config/tiny_gqa.toml config/tiny.toml "
-            "--equal=tokens,flops,seconds --json=results/compare.json")  # fmt: skip
+LEARNING = ("python compare.py config/learning/mha_both.toml config/learning/hybrid.toml config/learning/ccqa.toml "
+            "--json=results/letters.json")  # fmt: skip
 SPEED = "python bench.py speed --json=results/speed.json"
 SCALING = "python scaling.py --json=results/scaling.json"
 MEASURES = ["rate", "loss", "val_loss", "val_bpb", "grad_norm", "norm", "clipped", "diverged"]
