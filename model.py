@@ -57,7 +57,7 @@ class HydraConfig:
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_fraction: float = 1.0  # part of the channels with a position that RoPE really turns, the first ones
     pre_out_norm: bool = True  # an RMSNorm of the merged heads in front of the output projection
-    alpha: str = "fixed"  # scale of the residual lines: fixed (by the letter) or learned (layers.ResidualScale)
+    alpha: str = "fixed"  # scale of the residual lines: fixed (by the letter), one, or learned (layers.ResidualScale)
     norm_eps: float = 1e-6  # epsilon of every RMSNorm
     mod_capacity: float = 0.0  # part of the tokens that goes through every other block, 0 = all through all (no MoD)
     mor_recursions: int = 1  # the blocks are run this many times, from the second on for fewer tokens, 1 = no MoR
@@ -83,7 +83,7 @@ class HydraConfig:
         need(self, "conv_kernel", 0 <= self.conv_kernel <= 64, "choose a number from 0 to 64")
         need(self, "short_conv", 0 <= self.short_conv <= 64, "choose a number from 0 to 64")
         need(self, "rope_fraction", 0 <= self.rope_fraction <= 1, "choose a value from 0 to 1")
-        need(self, "alpha", self.alpha in ("fixed", "learned"), "use fixed or learned")
+        need(self, "alpha", self.alpha in ("fixed", "one", "learned"), "use fixed, one or learned")
         need(self, "mlp_ratio", 0 < self.mlp_ratio <= 1000, "choose a value above 0, such as 3, and at most 1000")
         need(self, "latent_ratio", 0 < self.latent_ratio <= 1, "choose a value above 0 and at most 1")
         need(self, "rope_theta", 1 <= self.rope_theta <= 1e15, "choose a value from 1 to 1e15, such as 10000")
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
     def __init__(self, letter: str, config: HydraConfig):
         super().__init__()
-        self.alpha = KINDS[letter].alpha
+        self.alpha = 1.0 if config.alpha == "one" else KINDS[letter].alpha
         self.learned = config.alpha == "learned"
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = KINDS[letter].make(config)

@@ -17,7 +17,7 @@ OPTIONS = {
     "n_kv_head": (1, 2, 4), "compression": (2, 4), "latent_head_dim": (-1, 8), "latent_ratio": (0.25, 0.5, 1.0),
     "conv_kernel": (0, 1, 2, 3), "qk_gain": (0.0, 0.25, 0.5), "value_shift": (False, True), "window": (0, 1, 6),
     "ccqa_norm": (False, True), "qk_norm": (False, True), "k_temperature": (False, True), "short_conv": (0, 1, 2, 4),
-    "rope_fraction": (0.0, 0.5, 1.0), "pre_out_norm": (False, True), "alpha": ("fixed", "learned"),
+    "rope_fraction": (0.0, 0.5, 1.0), "pre_out_norm": (False, True), "alpha": ("fixed", "one", "learned"),
     "mod_capacity": (0.0, 0.0, 0.5), "mor_recursions": (1, 1, 2), "doc_mask": (False, True),
 }  # fmt: skip
 

@@ -141,13 +141,15 @@ def test_the_scales_of_the_residual_lines():
 
 
 @pytest.mark.parametrize("letter", KINDS)
-def test_residual_lines_are_scaled(letter):
+@pytest.mark.parametrize("alpha", ["fixed", "one"])
+def test_residual_lines_are_scaled(letter, alpha):
     """One block by hand."""
-    net = make(letter, n_layer=1)
+    net = make(letter, n_layer=1, alpha=alpha)
+    scale = 1.0 if alpha == "one" else KINDS[letter].alpha
     block = net.blocks[0]
     x = torch.randn(1, 5, 64)
     ctx = net.context(torch.arange(5))
-    mid = x + KINDS[letter].alpha * block.attn(block.attn_norm(x), ctx)
+    mid = x + scale * block.attn(block.attn_norm(x), ctx)
     gate, up = (block.mlp_norm(mid) @ block.mlp.gate_up.weight.t()).chunk(2, -1)
     expected = mid + (F.silu(gate) * up) @ block.mlp.down.weight.t()
     torch.testing.assert_close(block(x, ctx), expected)
