@@ -1,0 +1,33 @@
+"""Look at what is learned, and how: `python diagnose.py SUBJECT [config/x.toml] [--key=value ...]`
+
+- recall: what each kind of attention recalls from its text, by the number of pairs; controls that must fail.
+- stability: what an older report's four fixes do to real training, one by one, at a usual and at a high rate.
+- checkpoint PATH: the health of a trained model, layer by layer.
+- report: the older report's claims beside what this project measured.
+
+`python diagnose.py SUBJECT --help` lists its options. Whatever takes long says before how long, and goes on where it
+was stopped.
+"""
+
+from importlib import import_module
+
+from configurator import UserError, cli
+
+SUBJECTS = {"recall": ("probes", "recall"), "stability": ("probes", "stability")}  # module and its function of argv
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    names = ", ".join(SUBJECTS)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"no subject: name one of {names} first, such as: python diagnose.py recall")
+    if argv[0] not in SUBJECTS:
+        raise UserError(f"{argv[0]!r} is no subject: use {names}")
+    module, function = SUBJECTS[argv[0]]  # imported here: to look at a report takes no torch
+    return getattr(import_module(module), function)(argv[1:])
+
+
+if __name__ == "__main__":
+    cli(main)
