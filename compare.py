@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from accounting import count_params, flops_per_token, state_bytes
 from attention import letters_help
 from configurator import UserError, build, cli, need, parse, to_toml
 from data import Corpus, eval_batches, token_bytes
-from files import locks, remedy, write_text
+from files import write_text
 from layers import IGNORE
 from machine import choose_compile, choose_device, choose_dtype, describe
 from model import HydraConfig
@@ -39,7 +39,7 @@ from runs import git_hash
 from schedule import planned_steps, step_work
 from sources import cores
 from train import TrainConfig, read_corpus
-from trials import UNITS, Outcome, Team, Trial
+from trials import UNITS, Outcome, Team, Trial, open_log
 
 BASES = ("tokens", "flops", "seconds")
 REACH = 6  # rates are tried up to sqrt(2)**REACH times the file's, and down to that part of it
@@ -455,20 +455,6 @@ def contend(contest: Contest, team: Team) -> dict:
         bases[basis] = {"rows": rows[basis], "curves": {it.name: curves_of(it, found[it.name])
                                                         for it in contest.entrants}}  # fmt: skip
     return {"contestants": contestants, "bases": bases, "notes": list(remarks(contest, tried, rows))}
-
-
-def open_log(out: Path) -> TextIO:
-    """The comparison's log, ours alone; with config.toml it is what a folder of runs is known by."""
-    if (out / "last.pt").exists():
-        raise UserError(f"out_dir={str(out)!r} holds a run of train.py: choose another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log = (out / "log.jsonl").open("a", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise UserError(f"out_dir={str(out)!r}: {error.strerror}: {remedy(error)}") from error
-    if not locks(log, wait=False):
-        raise UserError(f"out_dir={str(out)!r}: another comparison is at work there: wait, or choose another folder")
-    return log
 
 
 def main(argv: list[str]) -> int:

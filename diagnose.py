@@ -13,7 +13,7 @@ from importlib import import_module
 
 from configurator import UserError, cli
 
-SUBJECTS = {"recall": ("probes", "recall"), "stability": ("probes", "stability")}  # module and its function of argv
+SUBJECTS = {"recall": ("probes", "recall"), "stability": ("stability", "stability")}  # module and its function of argv
 
 
 def main(argv: list[str]) -> int:

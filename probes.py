@@ -54,8 +54,8 @@ RUN = {"batch_size": 32, "max_iters": 1000, "warmup_iters": 50, "learning_rate":
 FAIR = {"qk_norm": True, "short_conv": 3}
 MIXES = ("MC", "CL")
 PATTERN = "MMCCCLML"
-READ = ("batch_size", "max_iters", "warmup_iters", "learning_rate", "min_lr_ratio", "weight_decay", "beta1", "beta2",
-        "grad_clip", "schedule", "decay_ratio", "seed", "out_dir")  # of TrainConfig, by recall
+READ = {"batch_size", "max_iters", "warmup_iters", "learning_rate", "min_lr_ratio", "weight_decay", "beta1", "beta2",
+        "grad_clip", "schedule", "decay_ratio", "seed", "out_dir"}  # of TrainConfig, by recall
 EMBEDDING = 0.4  # standard deviation of the embedding at its start
 LARGE = 768  # width of the model whose matrices start as large for their width
 GAP_POWER = 0.01  # a of mqar's gaps, p(gap) ~ gap^(a - 1)
@@ -86,8 +86,7 @@ class RecallConfig:
         need(self, "tasks", set(self.tasks.split(",")) <= set(TASKS), f"use {', '.join(TASKS)}, with a comma between")
         numbers = [part.isascii() and part.isdigit() and 0 < int(part) < 2**31 for part in self.pairs.split(",")]
         need(self, "pairs", all(numbers), "give whole numbers above 0 with commas between, such as 2,4,8")
-        folder = Path(self.json).parent
-        need(self, "json", self.json == "" or folder.is_dir(), f"{str(folder)!r} is no folder: make it first")
+        need(self, "json", Path(self.json).parent.is_dir(), "its folder does not exist: make it first")
 
     @property
     def numbers(self) -> list[int]:
@@ -386,17 +385,16 @@ class Progress:
 
 # ---- recall
 
-def own_keys(argv: list[str], option_type: type, read: tuple[str, ...], subject: str, doc: str) -> tuple[dict, dict]:
-    """What files and options give of the models and the runs, and of the subject's own options. UserError for an option
-    that the subject does not read; what a file has besides is of its other uses."""
-    kinds = HydraConfig, TrainConfig, option_type
+def split_options(argv: list[str], kind: type, read: set[str], subject: str, doc: str) -> tuple[dict, dict]:
+    """What files and options give of models and runs, and of the subject's own options, a `kind`. UserError for an
+    option that the subject does not `read`; what a file has besides is for the file's other uses."""
+    kinds = HydraConfig, TrainConfig, kind
     given = parse(argv, *kinds, doc=doc)
     typed = parse([word for word in argv if not word.endswith(".toml") or word.startswith("-")], *kinds)
-    idle = [f.name for f in fields(TrainConfig) if f.name in typed and f.name not in read]
-    if idle:
-        raise UserError(f"--{idle[0]}: {subject} does not read it: leave it out")
-    own = {f.name: given.pop(f.name) for f in fields(option_type) if f.name in given}
-    unread = {f.name for f in fields(TrainConfig)} - set(read)
+    unread = {field.name for field in fields(TrainConfig)} - read
+    if unread & typed.keys():
+        raise UserError(f"--{min(unread & typed.keys())}: {subject} does not read it: leave it out")
+    own = {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
     return {name: value for name, value in given.items() if name not in unread}, own
 
 
@@ -502,13 +500,13 @@ def said(found: dict) -> str:
 
 def recall(argv: list[str]) -> int:
     """`diagnose.py recall` -> its exit code."""
-    given, own = own_keys(argv, RecallConfig, READ, "recall", __doc__)
+    given, own = split_options(argv, RecallConfig, READ, "recall", __doc__)
     (options,) = build(own, RecallConfig)
     probes = chosen_probes(given, options)
     run = probes[0].run
     torch.set_num_threads(1)  # as the runs have it
     path = Path(options.json or Path(run.out_dir, "recall.json"))
-    settings = SHAPE | TASKS | given | {name: getattr(run, name) for name in READ}
+    settings = SHAPE | TASKS | given | {name: getattr(run, name) for name in sorted(READ)}
     settings |= {name: getattr(options, name) for name in ("pairs", "noise", "check_every")} | {"tested": TESTED}
     del settings["out_dir"]
     head = described(f"recall {shlex.join(argv)}")

@@ -22,6 +22,7 @@ import torch
 
 import train
 from configurator import UserError
+from files import locks, remedy
 from model import HydraConfig
 from train import TrainConfig
 
@@ -88,6 +89,20 @@ def command_of(trial: Trial, begun: bool) -> list[str]:
     options = [(part, option) for part in (trial.config, trial.run) for option in fields(part)]
     given = {option.name: getattr(part, option.name) for part, option in options}
     return [f"--{option.name}={given[option.name]}" for _, option in options if given[option.name] != option.default]
+
+
+def open_log(out: Path) -> TextIO:
+    """The log of a command with many runs, its own alone; with config.toml it is what a folder of them is known by."""
+    if (out / "last.pt").exists():
+        raise UserError(f"out_dir={str(out)!r} holds a run of train.py: choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = (out / "log.jsonl").open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise UserError(f"out_dir={str(out)!r}: {error.strerror}: {remedy(error)}") from error
+    if not locks(log, wait=False):
+        raise UserError(f"out_dir={str(out)!r}: another command is at work there: wait, or choose another folder")
+    return log
 
 
 # ---- processes

@@ -475,7 +475,7 @@ def test_it_starts_its_own_processes(made, monkeypatch):
 
 def test_two_comparisons_do_not_share_a_folder(made):
     Path("out_compare").mkdir()
-    with compare.open_log(Path("out_compare")), pytest.raises(UserError, match="another comparison is at work there"):
+    with compare.open_log(Path("out_compare")), pytest.raises(UserError, match="another command is at work there"):
         run(write(Path("a.toml")))
 
 
