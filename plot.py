@@ -4,6 +4,7 @@
 - A JSON of bench.py or scaling.py: a chart for every table, in PATH_table.png where there are several.
 - compare.py's JSON, or its folder: validation over tokens, FLOPs and seconds, a band from the best to the worst seed.
 - A checkpoint's health (diagnose.py checkpoint --json): the span of every head, and the convolutions' taps.
+- diagnose.py's JSON: of recall the accuracy by pairs and the steps to 99%, of stability every layer's gradient norm.
 It reads files and nothing else. matplotlib is not in requirements.txt: pip install matplotlib.
 """
 
@@ -20,6 +21,10 @@ from configurator import AnyPath, UserError, build, cli, need, parse, usable_pat
 AXES = ("steps", "tokens", "flops", "seconds")
 SCALING = ("ms_per_token", "routed_fraction", "recursing")
 MARKERS = "osD^v"  # of letters
+# Told apart by those who see no red or no green, too (Okabe and Ito); first those of the letters
+COLOURS = {"A": "#000000", "G": "#56B4E9", "M": "#0072B2", "C": "#D55E00", "L": "#009E73"}
+MIXED = ("#E69F00", "#CC79A7", "#F0E442")
+SHALLOW, DEEP = (0.0, 0.45, 0.7), (0.9, 0.62, 0.0)  # red, green, blue of the first layer and of the last
 BARS = ("of_layer_1024", "ms", "step_mb")  # a bar's length: the first of these that a row has
 
 
@@ -184,10 +189,58 @@ def health_charts(found: dict) -> dict[str, tuple]:
     return charts | ({"taps": (draw_taps, taps, 2 + 0.35 * len(taps))} if taps else {})
 
 
+def draw_recall(found: dict, _: str, figure) -> None:
+    """A row of axes for each kind of text: lines over the pairs, and every seed's steps. Fair forms are dashed,
+    controls dotted and grey."""
+    tasks = dict.fromkeys(row["task"] for row in found["rows"])
+    names = dict.fromkeys(row["variant"] for row in found["rows"] if not row["control"])
+    colours = COLOURS | dict(zip([name for name in names if name.split()[0] not in COLOURS], MIXED, strict=False))
+    for (by_pairs, steps), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
+        rows = [row for row in found["rows"] if row["task"] == task]
+        for i, row in enumerate(rows):
+            colour = "0.6" if row["control"] else colours.get(row["variant"].split()[0], "0.3")
+            line = ":" if row["control"] else "-"
+            if row["variant"].endswith(" fair"):
+                line = "--"
+            by_pairs.plot(list(row["accuracy"]), list(row["accuracy"].values()), line, color=colour, marker=".",
+                          label=row["variant"])  # fmt: skip
+            reached = [n for n in row["steps_to_99"] if n is not None]
+            steps.plot(reached, [i] * len(reached), "o", color=colour)
+        by_pairs.set(xlabel=f"{task}: pairs in a text", ylabel="accuracy, mean of the seeds", ylim=(-0.03, 1.03))
+        steps.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize="small")
+        steps.set(xlabel="steps to 99%, a dot for each seed that gets there")
+        steps.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.5))
+
+
+def draw_stability(found: dict, _: str, figure) -> None:
+    """Columns are variants, rows are rates, lines are layers, from the first, blue, to the last, orange."""
+    variants = dict.fromkeys(it["variant"] for it in found["runs"])
+    rates = dict.fromkeys(it["rate"] for it in found["runs"])
+    grid = figure.subplots(len(rates), len(variants), squeeze=False, sharex=True, sharey=True)
+    for row, rate in zip(grid, rates, strict=True):
+        row[0].set(ylabel=f"gradient norm, rate {rate:g}")
+        for axes, variant in zip(row, variants, strict=True):
+            run = next(it["runs"][0] for it in found["runs"] if (it["variant"], it["rate"]) == (variant, rate))
+            layers = [name for name in run["norms"] if name.startswith("blocks.")]
+            for i, name in enumerate(layers):
+                part = i / max(1, len(layers) - 1)
+                colour = tuple((1 - part) * a + part * b for a, b in zip(SHALLOW, DEEP, strict=True))
+                norms = [math.nan if norm is None else norm for norm in run["norms"][name]]
+                axes.semilogy(run["steps"], norms, color=colour, label=f"layer {i}")
+            axes.axhline(1, color="0.6", linewidth=0.8)  # what `after` clips the whole gradient to
+            axes.set(title=variant + (", diverged" if run["diverged"] else ""))
+    for axes in grid[-1]:
+        axes.set(xlabel="steps")
+
+
 def charts_of(path: Path) -> dict[str, tuple]:
     """The charts of a JSON, (function, what to draw, inches of height) by table."""
     try:
         found = json.loads(read(path))
+        if found.get("subject") == "recall" and found["rows"]:
+            return {"": (draw_recall, found, 1 + 4 * len({row["task"] for row in found["rows"]}))}
+        if found.get("subject") == "stability" and [it["runs"][0]["norms"] for it in found["runs"]]:
+            return {"": (draw_stability, found, 6)}
         if "bases" in found:
             return {"": (draw_compare, found, 1 + 3 * len(found["bases"]))}
         charts = {}
@@ -195,8 +248,8 @@ def charts_of(path: Path) -> dict[str, tuple]:
             charts, found = health_charts(found), {"tables": {}}
         tables = found["tables"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{str(path)!r} is no JSON of bench.py, scaling.py, compare.py or diagnose.py: give one, or "
-                        "runs") from None  # fmt: skip
+        raise UserError(f"{str(path)!r} is no JSON of bench.py, scaling.py, compare.py or diagnose.py with rows: give "
+                        "one, or runs") from None  # fmt: skip
     for table, rows in tables.items():
         rows = [row for row in rows if {*BARS, "ms_per_token", "curve"} & row.keys()]
         if rows:

@@ -371,7 +371,7 @@ class Progress:
         runs = self.results.content["runs"]
         missing = [order for order in orders if order.key not in runs]
         self.ended += len(orders) - len(missing)
-        for order, found in made(sorted(missing, key=lambda order: -order.seconds), self.jobs):
+        for order, found in made(missing, self.jobs):
             self.results.add(order.key, found)
             self.ended += 1
             self.ahead -= order.seconds
