@@ -106,10 +106,12 @@ def found_in(records: list[dict], measure: str, outcome: Outcome) -> dict:
     lines = [record for record in records if record["kind"] == "step"]
     start = next(record[measure] for record in records if record["kind"] == "evaluation")
     names = layers[0]["layers"] if layers else {}
+    since = [after["step"] - before["step"] for before, after in zip([{"step": 0}, *lines], lines, strict=False)]
+    clipped = [record["clipped"] * steps for record, steps in zip(lines, since, strict=True)]  # steps of each line
     return {"loss": outcome.loss, "start": start,
             "diverged": outcome.loss is None or start is None or outcome.loss >= start,
             "skipped": sum(record["kind"] == "skipped" for record in records),
-            "clipped": fmean(record["clipped"] for record in lines) if lines else None,
+            "clipped": sum(clipped) / max(1, sum(since)),
             "losses": [[record["step"], record["loss"]] for record in lines],
             "steps": [record["step"] for record in layers],
             "norms": {name: [record["layers"][name] for record in layers] for name in names}}  # fmt: skip
@@ -129,7 +131,7 @@ def row_of(name: str, rate: float, runs: list[dict]) -> dict:
                for layer in runs[0]["norms"]}  # fmt: skip
     return {"variant": name, "rate": rate, "runs": len(runs), "diverged": sum(run["diverged"] for run in runs),
             "loss": fmean(ended) if ended else None, "skipped": sum(run["skipped"] for run in runs),
-            "clipped": fmean(run["clipped"] or 0.0 for run in runs), "median_norm": median(norms) if norms else None,
+            "clipped": fmean(run["clipped"] for run in runs), "median_norm": median(norms) if norms else None,
             "largest_norm": max(norms, default=None), "largest_of_layers": largest}  # fmt: skip
 
 

@@ -1,0 +1,348 @@
+"""The probes of diagnose.py: their texts are those of the protocol, attention solves them, what must fail fails, and a
+measurement that was stopped goes on. Everything at a minute size."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_plot import size
+
+import diagnose
+import plot
+import probes
+import stability
+import train
+from configurator import UserError
+from model import HydraConfig
+from probes import EVALUATION, Probe, RecallConfig, Variant, induction_texts, mqar_texts, train_probe
+from train import TrainConfig
+from trials import Team
+
+FAST = ["--jobs=1", "--max_iters=4", "--check_every=2", "--rates=2", "--seeds=2", "--batch_size=4", "--dim=16",
+        "--n_head=2", "--n_kv_head=1", "--pairs=1,2", "--vocab_size=16", "--block_size=8"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- texts
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_mqar_obeys_its_protocol(noise):
+    """Keys and values without replacement from their halves of the vocabulary, every key once more behind them at an
+    even place, labelled there with its value; nothing else is labelled."""
+    pairs, vocab, tokens = 5, 32, 24
+    texts, answers = mqar_texts(200, pairs, vocab, tokens, noise, torch.Generator().manual_seed(0))
+    for text, answer in zip(texts.tolist(), answers.tolist(), strict=True):
+        keys, values = text[0 : 2 * pairs : 2], text[1 : 2 * pairs : 2]
+        assert len(set(keys)) == len(set(values)) == pairs
+        assert set(keys) <= set(range(1, vocab // 2)) and set(values) <= set(range(vocab // 2, vocab))
+        asked = [t for t in range(tokens) if answer[t] != -1]
+        assert len(asked) == pairs and all(t >= 2 * pairs and t % 2 == 0 for t in asked)
+        assert {text[t]: answer[t] for t in asked} == dict(zip(keys, values, strict=True))
+        if not noise:
+            assert set(Counter(text)[key] for key in keys) == {2} and text.count(0) == tokens - 3 * pairs
+    assert noise == bool((texts[:, 2 * pairs + 1 :: 2] != 0).any())
+    assert {key for text in texts.tolist() for key in text[0 : 2 * pairs : 2]} == set(range(1, vocab // 2))
+    assert {value for text in texts.tolist() for value in text[1 : 2 * pairs : 2]} == set(range(vocab // 2, vocab))
+
+
+def test_the_gaps_of_mqar_follow_a_power_law():
+    """p(gap) ~ gap^-0.99: of a single pair, the place of its question; and as many pairs as slots take all of them."""
+    _, answers = mqar_texts(20000, 1, 8, 18, False, torch.Generator().manual_seed(1))
+    counts = (answers != -1).sum(0)[2::2].double()
+    expected = torch.arange(1, 9) ** -0.99
+    torch.testing.assert_close(counts / 20000, expected / expected.sum(), atol=0.01, rtol=0, check_dtype=False)
+    _, answers = mqar_texts(10, 4, 16, 16, False, torch.Generator().manual_seed(1))
+    assert ((answers != -1).nonzero()[:, 1].view(10, 4) == torch.tensor([8, 10, 12, 14])).all()
+
+
+def test_induction_asks_for_what_followed_the_marker():
+    texts, answers = induction_texts(300, 8, 10, torch.Generator().manual_seed(0))
+    for text, answer in zip(texts.tolist(), answers.tolist(), strict=True):
+        first = text.index(7)
+        assert text.count(7) == 2 and text[-1] == 7
+        assert answer == [-1] * 9 + [text[first + 1]] and answer[-1] != 7
+    assert {text.index(7) for text in texts.tolist()} == set(range(8))
+
+
+def probe(variant, task="mqar", pairs="2", seed=0, **run):
+    """A run of recall at a size that is solved in seconds."""
+    shape = {"mqar": {"vocab_size": 16, "block_size": 8}, "induction": {"vocab_size": 8, "block_size": 16}}[task]
+    config = HydraConfig(dim=32, n_head=2, n_kv_head=1, n_layer=2, rope_theta=100.0, compression=2)
+    changes = {"learning_rate": 4e-3, "warmup_iters": 20, "batch_size": 32, "max_iters": 400}
+    return Probe(task, variant, replace(config, **shape, **variant.changes), TrainConfig(**changes | run, seed=seed),
+                 RecallConfig(pairs=pairs, check_every=20))  # fmt: skip
+
+
+A = Variant("A", {"pattern": "A"})
+
+
+def test_texts_are_fresh_and_the_evaluation_has_its_own():
+    seen = [probe(A, pairs="1,2", seed=seed).batch(step)[0] for seed in (0, 1) for step in (1, 2, 3)]
+    seen += [torch.cat([probe(A).texts(16, pairs, EVALUATION, 0)[0] for pairs in (1, 2)])]
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert torch.equal(probe(A, pairs="1,2", seed=1).batch(3)[0], seen[5])
+    idx, answers = probe(A, pairs="1,2").batch(1)
+    assert idx.shape == (32, 8) and (answers != -1).sum(1).tolist() == [1] * 16 + [2] * 16
+    with pytest.raises(UserError, match="below 2\\*\\*63"):
+        TrainConfig(seed=EVALUATION)
+
+
+# ---- what is solved, and what is not
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mqar", "induction"])
+def test_attention_solves_it_and_what_must_fail_fails(task):
+    """MHA reaches 99%, with the steps to it; without attention's output, with one layer, with a short window it does
+    not come near."""
+    found = train_probe(probe(A, task))
+    assert min(found["accuracy"].values()) >= 0.99 and found["steps_to_99"] <= found["steps"] <= 400
+    steps = found["steps"]
+    for variant in probes.variants_of(task)[-3:]:
+        assert variant.control
+        if variant.name.startswith("window"):
+            variant = variant._replace(changes=variant.changes | {"window": 2})
+        found = train_probe(probe(variant, task), steps)
+        assert max(found["accuracy"].values()) < 0.7, variant.name
+
+
+def test_zeroed_attention_is_caught():
+    """A step of such a model gives attention no gradient; its row says that it fails, and one that passes is named."""
+    blind = probes.variants_of("mqar")[-1]
+    model = probes.probe_model(probe(blind).config, blind.blind, 0)
+    model(*probe(blind).batch(1)).loss.backward()
+    assert all(block.attn.qkv.weight.grad.abs().sum() == 0 for block in model.blocks)
+    run = {"accuracy": {"1": 1.0, "2": 0.2}, "steps_to_99": None}
+    assert probes.row_of(probe(blind, pairs="1,2"), [run])["verdict"] == "fails, as it must"
+    run["accuracy"]["2"] = 0.9
+    assert "measures nothing" in probes.row_of(probe(blind, pairs="1,2"), [run])["verdict"]
+
+
+def test_a_probe_has_no_mlp_and_matrices_of_a_width():
+    """Standard deviations: a matrix as large for its width as 0.02 is for 768."""
+    model = probes.probe_model(HydraConfig(vocab_size=64, block_size=8, dim=64, n_layer=2, pattern="A"), False, 0)
+    x = torch.randn(2, 8, 64)
+    assert all((block.mlp(x) == 0).all() for block in model.blocks) and not any(
+        "mlp." in name for name, _ in model.named_parameters())  # fmt: skip
+    assert model.blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02 * (768 / 64) ** 0.5, rel=0.05)
+
+
+def test_the_best_rate_is_the_fastest_or_else_the_most_accurate():
+    def run(steps, accuracy):
+        return {"steps_to_99": steps, "accuracy": {"1": accuracy}}
+
+    several = ["a", "b", "c"]
+    assert probes.best_of(several, [run(None, 0.98), run(300, 0.99), run(200, 0.99)]) == "c"
+    assert probes.best_of(several, [run(None, 0.98), run(300, 0.99), run(None, 0.97)]) == "b"
+    assert probes.best_of(several, [run(None, 0.5), run(None, 0.9), run(None, 0.6)]) == "b"
+
+
+def test_every_letter_is_probed_plain_and_fair():
+    names = [variant.name for variant in probes.variants_of("mqar")]
+    assert {"A", "A fair", "C", "L", "L fair", "MC", "MMCCCLML", "one layer", "window 4", "no attention"} < set(names)
+    assert "window 8" in [variant.name for variant in probes.variants_of("induction")]
+    for variant in probes.variants_of("mqar"):
+        HydraConfig(**probes.SHAPE | variant.changes)
+
+
+# ---- the command
+
+def numbers(path):
+    """A result without what depends on the clock."""
+    found = json.loads(Path(path).read_text())
+    return [{name: value for name, value in run.items() if name != "seconds"} for run in found["runs"].values()], [
+        row for row in found["rows"]]  # fmt: skip
+
+
+def test_recall_goes_on_where_it_stopped(capsys, monkeypatch):
+    args = ["recall", *FAST, "--variants=A,one layer"]
+    assert diagnose.main([*args, "--json=whole.json"]) == 0
+    out = capsys.readouterr().out
+    last = json.loads(out.splitlines()[-1])
+    assert [(row["task"], row["variant"]) for row in last["rows"]] == [
+        (task, name) for task in ("mqar", "induction") for name in ("A", "one layer")]
+    assert "12 runs of up to 4 steps" in out and "12 of 12" in out and "fails, as it must" in out
+    assert "texts of 8 tokens, 16 words, width 16" in out and "8192 words" in out  # ours and the published
+    real, calls = probes.train_probe, []
+
+    def interrupted(it, steps=0):
+        calls.append(steps)
+        if calls.count(0) == 8:
+            raise KeyboardInterrupt
+        return real(it, steps)
+
+    monkeypatch.setattr(probes, "train_probe", interrupted)
+    assert diagnose.main([*args, "--json=parts.json"]) == 130
+    assert len(json.loads(Path("parts.json").read_text())["runs"]) == 7
+    assert "7 runs are in parts.json; to go on: python diagnose.py recall" in capsys.readouterr().out
+    monkeypatch.setattr(probes, "train_probe", real)
+    assert diagnose.main([*args, "--json=parts.json"]) == 0
+    assert numbers("parts.json") == numbers("whole.json")
+    capsys.readouterr()
+    assert diagnose.main([*args, "--json=parts.json"]) == 0 and " of 12 |" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="other values of dim: name another file"):
+        diagnose.main([*args, "--json=parts.json", "--dim=32"])
+
+
+@pytest.mark.slow
+def test_recall_in_processes_finds_the_same():
+    args = ["recall", *FAST, "--variants=A", "--tasks=mqar"]
+    diagnose.main([*args, "--json=one.json"])
+    diagnose.main([*args, "--json=two.json", "--jobs=2"])
+    one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
+    assert one["rows"] == two["rows"] and one["runs"].keys() == two["runs"].keys()
+
+
+@pytest.mark.parametrize("args, words", [
+    ([], "no subject: name one of recall, stability"), (["--jobs=2"], "no subject"),
+    (["recal"], "'recal' is no subject: use recall, stability"),
+    (["recall", "--pairs=0"], "pairs='0': give whole numbers"), (["recall", "--pairs=2,"], "give whole numbers"),
+    (["recall", "--pairs=16"], "block_size=32: 16 pairs need block_size to be 64"),
+    (["recall", "--pairs=4", "--vocab_size=8"], "vocab_size=8: 4 pairs need vocab_size to be 10"),
+    (["recall", "--tasks=copy"], "tasks='copy': use mqar, induction"),
+    (["recall", "--variants=A,B"], "variants: 'B' is none of mqar,induction: use A, A fair"),
+    (["recall", "--data=x.txt"], "--data: recall does not read it"), (["recall", "--seeds=0"], "seeds=0"),
+    (["recall", "--json=no/such.json"], "its folder does not exist"), (["recall", "--sedes=1"], "unknown key"),
+    (["stability", "--high=1"], "high=1.0: choose a factor above 1"),
+    (["stability", "--profile=3"], "--profile: stability does not read it"),
+])  # fmt: skip
+def test_errors_are_one_line(args, words):
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        diagnose.main(args)
+    assert "\n" not in str(error.value) and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"runs": 3}', '{"subject": "bench"}'])
+def test_a_file_of_another_kind_is_left_as_it_is(content):
+    Path("x.json").write_text(content)
+    with pytest.raises(UserError, match="no result of recall: name another"):
+        diagnose.main(["recall", *FAST, "--json=x.json"])
+    assert Path("x.json").read_text() == content
+
+
+def test_help_names_the_subjects(capsys):
+    assert diagnose.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"- {subject}" in out for subject in ("recall", "stability", "checkpoint PATH", "report"))
+    with pytest.raises(SystemExit):
+        diagnose.main(["recall", "--help"])
+    assert "--pairs=" in capsys.readouterr().out
+
+
+# ---- stability
+
+def test_each_fix_is_tried_alone():
+    found = stability.variants()
+    default = HydraConfig()
+    assert list(found) == ["before", "gain alone", "norm alone", "alpha alone", "clip alone", "after"]
+    assert found["after"] == {} and found["before"] == {
+        "qk_gain": 0.5, "ccqa_norm": False, "pre_out_norm": False, "alpha": "one", "grad_clip": 0.0}
+    assert all(value != getattr(default, name, TrainConfig.grad_clip) for name, value in found["before"].items())
+    fixed = [found["before"].keys() - found[f"{fix} alone"].keys() for fix in stability.FIXES]
+    assert set.union(*fixed) == set(found["before"]) and sum(map(len, fixed)) == len(found["before"])
+
+
+def stability_args(folder):
+    return ["stability", f"--data={folder}", "--tokenizer=bytes", "--vocab_size=257", "--dim=16", "--n_head=2",
+            "--n_kv_head=1", "--n_layer=4", "--pattern=MCLA", "--block_size=16", "--max_iters=4", "--warmup_iters=1",
+            "--log_layers=2", "--log_interval=2", "--final_eval_iters=1", "--compression=2"]  # fmt: skip
+
+
+def in_this_process(team, orders, jobs):
+    """`Team.train`, without its processes."""
+    for trial, argv in orders:
+        assert train.main(argv) == 0
+        yield trial, 1.0
+
+
+def test_stability_measures_real_runs(folder, capsys, monkeypatch, quick):
+    """Every variant at both rates, by the logs of train.py: the layers' norms are those of the gradient before the
+    clip. The same command makes no run again."""
+    monkeypatch.setattr(Team, "train", in_this_process)
+    args = stability_args(folder)
+    assert diagnose.main([*args, "--json=s.json"]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [(row["variant"], row["rate"]) for row in rows] == [
+        (name, rate) for name in stability.variants() for rate in (1.4e-3, 1.4e-2)]
+    assert "12 of 12 runs of train.py" in out
+    found = json.loads(Path("s.json").read_text())
+    for row, it in zip(rows, found["runs"], strict=True):
+        (run,) = it["runs"]
+        assert run["steps"] == [2, 4] and [step for step, _ in run["losses"]] == [1, 2, 4]
+        layers = {"embed", "norm", *(f"blocks.{i}" for i in range(4))}
+        assert layers == set(run["norms"]) == set(row["largest_of_layers"])
+        log = Path("out_stability", it["variant"].replace(" ", "-"), f"rate-{it['rate']:g}", "seed-1337", "log.jsonl")
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        norms = [record["grad_norm"] for record in records if record["kind"] == "step" and record["step"] > 1]
+        assert stability.norms_of(run) == pytest.approx(norms, rel=1e-5)
+        assert row["largest_norm"] == pytest.approx(max(norms)) and row["clipped"] == (
+            1.0 if row["variant"] in ("clip alone", "after") else 0.0)  # all norms are above 1 in the first steps
+        assert row["diverged"] == 0 and not run["diverged"] and row["loss"] < run["start"]
+
+    def fail(*_):
+        raise AssertionError("a run was made again")
+
+    monkeypatch.setattr("train.main", fail)
+    assert diagnose.main([*args, "--json=again.json"]) == 0
+    assert json.loads(Path("again.json").read_text())["rows"] == rows
+
+
+def test_a_divergence_is_counted():
+    start = {"kind": "evaluation", "step": 0, "val_loss": 5.0}
+    layers = {"kind": "layers", "step": 1, "layers": {"embed": None, "blocks.0": 3.0}}
+    records = [start, {"kind": "step", "step": 1, "loss": 4.9, "clipped": 1.0},
+               {"kind": "step", "step": 4, "loss": None, "clipped": 0.0}, layers,
+               {"kind": "skipped", "step": 1, "skipped": "loss"}]  # fmt: skip
+    for loss, diverged in ((None, True), (5.1, True), (4.0, False)):
+        run = stability.found_in(records, "val_loss", stability.Outcome(loss, 1.0, 1, []))
+        assert run["diverged"] == diverged and run["skipped"] == 1 and stability.norms_of(run) == []
+        row = stability.row_of("before", 0.1, [run])
+        assert row["diverged"] == int(diverged) and row["clipped"] == 0.25 and row["largest_norm"] is None
+        assert row["largest_of_layers"] == {"embed": None, "blocks.0": 3.0}
+        assert all(isinstance(line, str) for line in stability.stability_table([row]))
+
+
+# ---- pictures
+
+def recall_result():
+    rows = [{"task": task, "variant": name, "control": name == "one layer", "accuracy": accuracy,
+             "steps_to_99": [None, 100]}
+            for task, accuracy in (("mqar", {"2": 1.0, "4": 0.5}), ("induction", {"1": 0.9}))
+            for name in ("A", "A fair", "MC", "one layer")]  # fmt: skip
+    return {"subject": "recall", "rows": rows}
+
+
+def stability_result():
+    run = {"diverged": True, "steps": [1, 2], "norms": {"embed": [1, 2], "blocks.0": [1.0, None], "blocks.1": [2, 3]}}
+    return {"subject": "stability", "runs": [{"variant": name, "rate": rate, "runs": [run]}
+                                             for name in ("before", "after") for rate in (0.1, 1.0)]}  # fmt: skip
+
+
+@pytest.mark.parametrize("result, pixels, axes", [(recall_result, (1100, 900), 4), (stability_result, (1100, 600), 4)])
+def test_results_are_drawn(result, pixels, axes, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="charts are optional: pip install matplotlib")
+    image = pytest.importorskip("matplotlib.image")
+    drawn, real = [], figure.Figure.savefig
+
+    def keep(self, *args, **options):
+        drawn.append(self)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    Path("x.json").write_text(json.dumps(result()))
+    assert plot.main(["x.json", "--out=x.png"]) == 0
+    assert size(Path("x.png")) == pixels and image.imread("x.png").std() > 0.05
+    assert len(drawn[0].axes) == axes
+    labels = [line.get_label() for line in drawn[0].axes[0].lines]
+    assert labels[:2] == (["A", "A fair"] if result is recall_result else ["layer 0", "layer 1"])
+    if result is recall_result:
+        assert [list(line.get_ydata()) for line in drawn[0].axes[0].lines] == [[1.0, 0.5]] * 4
+        assert [list(line.get_xdata()) for line in drawn[0].axes[1].lines] == [[100]] * 4
