@@ -20,8 +20,10 @@ Left out: copying, the published sizes (give --vocab_size, --block_size, --pairs
 import json
 import math
 import multiprocessing
+import os
 import shlex
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -317,9 +319,15 @@ class Order(NamedTuple):
     seconds: float  # at most, about
 
 
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def work(answer: Connection, make: Callable[[], dict]) -> None:
     """In a process of its own, which a Ctrl-C of the terminal leaves to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     answer.send(make())
 
