@@ -52,7 +52,9 @@ from train import TrainConfig, make_optimizer, train_step
 # The shapes of recall, which files and options change
 SHAPE = {"dim": 64, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "compression": 2, "rope_theta": 100.0}
 TASKS = {"mqar": {"vocab_size": 64, "block_size": 32}, "induction": {"vocab_size": 16, "block_size": 32}}
-RUN = {"batch_size": 32, "max_iters": 1000, "warmup_iters": 50, "learning_rate": 4e-3, "out_dir": "out_recall"}
+# The rate is constant: steps to 99% should not depend on when a run would have ended
+RUN = {"batch_size": 32, "max_iters": 1000, "warmup_iters": 50, "learning_rate": 2e-3, "min_lr_ratio": 1.0,
+       "out_dir": "out_recall"}
 FAIR = {"qk_norm": True, "short_conv": 3}
 MIXES = ("MC", "CL")
 PATTERN = "MMCCCLML"
