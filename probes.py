@@ -1,12 +1,13 @@
-"""What attention recalls, and what keeps its training stable: the subjects recall and stability of diagnose.py.
+"""What attention recalls: `python diagnose.py recall [config/x.toml] [--key=value ...]`, on a CPU.
 
-`recall`: fresh texts of two kinds, an evaluation with a seed of its own, controls that must fail.
+Fresh texts of two kinds at every step, an evaluation with a seed of its own, controls that must fail.
 - mqar, multi-query associative recall (arXiv:2312.04927): keys and their values, then every key once more, where its
   value is asked for. Numbers of pairs are mixed in training and tested apart (as in arXiv:2402.18668).
 - induction (arXiv:2209.11895): random tokens, a marker once inside and once at the end, which asks for the token that
   followed it.
 - Every letter plain and with what makes it a fair opponent (CCQA has that), mixes of two layers, the 8-layer pattern.
-  Each has the best of the same few learning rates, by one seed, and then its other seeds.
+  Each has the best of the same few learning rates, by one seed, and then its other seeds. All have one width, so that
+  their parameters differ: the table has them.
 - Controls: one layer, a window that is too short, no attention at all. A probe that one of these passes measures
   nothing, and the table says so.
 The published protocol has two layers, width 64 .. 512, no MLP, texts of 64 .. 512 tokens with 4 .. 64 pairs, 8192 words
@@ -49,7 +50,7 @@ from schedule import learning_rate_at
 from sources import cores
 from train import TrainConfig, make_optimizer, train_step
 
-# The shapes of recall, which files and options change
+# Shapes and runs, which files and options change
 SHAPE = {"dim": 64, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "compression": 2, "rope_theta": 100.0}
 TASKS = {"mqar": {"vocab_size": 64, "block_size": 32}, "induction": {"vocab_size": 16, "block_size": 32}}
 # The rate is constant: steps to 99% should not depend on when a run would have ended
