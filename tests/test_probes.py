@@ -149,6 +149,8 @@ def test_every_letter_is_probed_plain_and_fair():
     assert {"A", "A fair", "C", "L", "L fair", "MC", "MMCCCLML", "one layer", "window 4", "no attention"} < set(names)
     assert "window 8" in [variant.name for variant in probes.variants_of("induction")]
     for variant in probes.variants_of("mqar"):
+        fair = {"qk_norm": True, "short_conv": 3}.items() <= variant.changes.items()
+        assert fair == variant.name.endswith(" fair") and set(variant.changes["pattern"]) <= set(variant.name + "AM")
         HydraConfig(**probes.SHAPE | variant.changes)
 
 
