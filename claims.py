@@ -30,7 +30,7 @@ LEARNING = ("python compare.py config/learning/mha_both.toml config/learning/hyb
             "--json=results/letters.json")  # fmt: skip
 SPEED = "python bench.py speed --json=results/speed.json"
 SCALING = "python scaling.py --json=results/scaling.json"
-MEASURES = ["rate", "loss", "val_loss", "val_bpb", "grad_norm", "norm", "clipped", "diverged"]
+MEASURES = ["rate", "loss", "val_loss", "val_bpb", "grad_norm", "median_norm", "largest_norm", "clipped", "diverged"]
 NAMES = ("contestant", "model", "name", "letter", "pattern", "mix", "setting", "variant")  # how a row calls its model
 
 

@@ -13,8 +13,7 @@ from importlib import import_module
 
 from configurator import UserError, cli
 
-SUBJECTS = {"recall": ("probes", "recall"), "stability": ("stability", "stability"), "checkpoint": ("health", "main"),
-            "report": ("claims", "main")}  # module and its function of argv  # fmt: skip
+SUBJECTS = {"recall": "probes", "stability": "stability", "checkpoint": "health", "report": "claims"}  # their modules
 
 
 def main(argv: list[str]) -> int:
@@ -26,8 +25,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"no subject: name one of {names} first, such as: python diagnose.py recall")
     if argv[0] not in SUBJECTS:
         raise UserError(f"{argv[0]!r} is no subject: use {names}")
-    module, function = SUBJECTS[argv[0]]  # imported here: to look at a report takes no torch
-    return getattr(import_module(module), function)(argv[1:])
+    return import_module(SUBJECTS[argv[0]]).main(argv[1:])  # imported here: a report takes no torch
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def charts_of(path: Path) -> dict[str, tuple]:
         found = json.loads(read(path))
         if found.get("subject") == "recall" and found["rows"]:
             return {"": (draw_recall, found, 1 + 4 * len({row["task"] for row in found["rows"]}))}
-        if found.get("subject") == "stability" and found["runs"]:
+        if found.get("subject") == "stability" and [it["runs"][0]["norms"] for it in found["runs"]]:
             return {"": (draw_stability, found, 6)}
         if "bases" in found:
             return {"": (draw_compare, found, 1 + 3 * len(found["bases"]))}

@@ -400,7 +400,8 @@ def split_options(argv: list[str], kind: type, read: set[str], subject: str, doc
     """What files and options give of models and runs, and of the subject's own options, a `kind`. UserError for an
     option that the subject does not `read`; what a file has besides is for the file's other uses."""
     kinds = HydraConfig, TrainConfig, kind
-    given = parse(argv, *kinds, doc=doc)
+    usage = f"usage: python diagnose.py {subject} [config/x.toml ...] [--key=value ...]"
+    given = parse(argv, *kinds, doc=f"{usage}\n\n{doc.strip()}")
     typed = parse([word for word in argv if not word.endswith(".toml") or word.startswith("-")], *kinds)
     unread = {field.name for field in fields(TrainConfig)} - read
     if unread & typed.keys():
@@ -509,7 +510,7 @@ def said(found: dict) -> str:
     return f"{text} after {found['steps']} steps"
 
 
-def recall(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """`diagnose.py recall` -> its exit code."""
     given, own = split_options(argv, RecallConfig, READ, "recall", __doc__)
     (options,) = build(own, RecallConfig)

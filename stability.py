@@ -153,7 +153,7 @@ def stability_table(rows: list[dict]) -> Iterator[str]:
         yield f"{row['variant']:>12}{row['rate']:>8g}" + "".join(f"{cell:>8}" for cell in cells)
 
 
-def stability(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """`diagnose.py stability` -> its exit code."""
     read = {field.name for field in fields(TrainConfig)} - UNREAD
     given, own = split_options(argv, StabilityConfig, read, "stability", __doc__)

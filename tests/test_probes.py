@@ -149,6 +149,8 @@ def test_every_letter_is_probed_plain_and_fair():
     assert {"A", "A fair", "C", "L", "L fair", "MC", "MMCCCLML", "one layer", "window 4", "no attention"} < set(names)
     assert "window 8" in [variant.name for variant in probes.variants_of("induction")]
     for variant in probes.variants_of("mqar"):
+        fair = {"qk_norm": True, "short_conv": 3}.items() <= variant.changes.items()
+        assert fair == variant.name.endswith(" fair") and set(variant.changes["pattern"]) <= set(variant.name + "AM")
         HydraConfig(**probes.SHAPE | variant.changes)
 
 
@@ -201,8 +203,8 @@ def test_recall_in_processes_finds_the_same():
 
 
 @pytest.mark.parametrize("args, words", [
-    ([], "no subject: name one of recall, stability"), (["--jobs=2"], "no subject"),
-    (["recal"], "'recal' is no subject: use recall, stability"),
+    ([], "no subject: name one of recall, stability, checkpoint, report"), (["--jobs=2"], "no subject"), ([""], "''"),
+    (["recal"], "'recal' is no subject: use recall, stability, checkpoint, report"),
     (["recall", "--pairs=0"], "pairs='0': give whole numbers"), (["recall", "--pairs=2,"], "give whole numbers"),
     (["recall", "--pairs=16"], "block_size=32: 16 pairs need block_size to be 64"),
     (["recall", "--pairs=4", "--vocab_size=8"], "vocab_size=8: 4 pairs need vocab_size to be 10"),
@@ -230,10 +232,11 @@ def test_a_file_of_another_kind_is_left_as_it_is(content):
 def test_help_names_the_subjects(capsys):
     assert diagnose.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"- {subject}" in out for subject in ("recall", "stability", "checkpoint PATH", "report"))
+    assert all(f"- {subject}" in out for subject in diagnose.SUBJECTS)
     with pytest.raises(SystemExit):
         diagnose.main(["recall", "--help"])
-    assert "--pairs=" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--pairs=" in out and out.startswith("usage: python diagnose.py recall [config/x.toml ...]")
 
 
 # ---- stability
