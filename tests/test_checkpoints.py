@@ -774,7 +774,7 @@ def test_what_is_not_finite_is_never_saved_and_ends_with_1(tmp_path, monkeypatch
     out = tmp_path / "run"
     assert f"step     5 | {name} is not finite: not saved, the checkpoint in {out} is kept" in printed
     assert "sample it with" not in printed and f"error: the run ended and {name} is not finite" in err
-    assert {"step": 5, "unsaved": name} in records(out)
+    assert {"kind": "unsaved", "step": 5, "unsaved": name} in records(out)
     assert checkpoint(out)["step"] == 3 and checkpoint(out, "best")["step"] == 3
     checkpoints.load_run(out / "last.pt", KINDS)
 

@@ -904,7 +904,7 @@ def test_what_cannot_fit_or_end_is_refused_before_it_begins(tmp_path, monkeypatc
 def test_attention_counts_at_its_own_rate_and_an_evaluation_by_what_there_is(monkeypatch):
     """A CPU with a matrix unit, of which attention has little: by the peak alone such a block would be let through."""
     T = 100_000
-    config, run = HydraConfig(block_size=T), TrainConfig(batch_size=1)
+    config, run = HydraConfig(block_size=T, dim=256), TrainConfig(batch_size=1)
     machine = Machine(CPU, torch.bfloat16, False, 2e12, None, {})
     monkeypatch.setattr(limits, "total_memory", lambda device: 10**12)
 
