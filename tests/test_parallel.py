@@ -229,7 +229,7 @@ def test_all_ranks_skip_a_step_that_one_of_them_finds_not_finite_and_stop_when_o
     printed, complaints = finish(processes, (0, 0))
     assert printed[0].count("code 130") == 1 and "stopped at step" in printed[0] and complaints[0] == ""
     (skipped,) = records(tmp_path / "run", "skipped")[2:3]
-    assert skipped == {"step": 3, "skipped": "loss"}
+    assert skipped == {"kind": "skipped", "step": 3, "skipped": "loss"}
     losses = {record["step"]: record["val_loss"] for record in records(tmp_path / "run", "best")}
     assert losses[3] == losses[2] != losses[4]
     stopped = int(re.search(r"stopped at step (\d+), saved", printed[0])[1])
