@@ -25,7 +25,7 @@ NAMES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "sec
 MARKERS = "osD^v"  # of letters, of contestants
 # Told apart by those who see no red or no green, too (Okabe and Ito); first those of the letters
 COLOURS = {"A": "#000000", "G": "#56B4E9", "M": "#0072B2", "C": "#D55E00", "L": "#009E73"}
-MIXED = ("#E69F00", "#CC79A7", "#F0E442")
+MIXED = ("#E69F00", "#CC79A7", "#8B6914")
 MANY = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 SHALLOW, DEEP = (0.0, 0.45, 0.7), (0.9, 0.62, 0.0)  # red, green, blue of the first layer and of the last
 BARS = ("of_layer_1024", "ms", "step_mb")  # a bar's length: the first of these that a row has
@@ -197,8 +197,8 @@ def health_charts(found: dict) -> dict[str, tuple]:
 
 
 def draw_recall(found: dict, _: str, figure) -> None:
-    """A row of axes for each kind of text: lines over the pairs, and every seed's steps. Fair forms are dashed,
-    controls dotted and grey."""
+    """A row of axes for each kind of text: lines over the pairs, or bars where all have one, and every seed's steps.
+    Fair forms are dashed, controls dotted and grey."""
     tasks = dict.fromkeys(row["task"] for row in found["rows"])
     names = dict.fromkeys(row["variant"] for row in found["rows"] if not row["control"])
     colours = COLOURS | dict(zip([name for name in names if name.split()[0] not in COLOURS], MIXED, strict=False))
@@ -209,11 +209,18 @@ def draw_recall(found: dict, _: str, figure) -> None:
             line = ":" if row["control"] else "-"
             if row["variant"].endswith(" fair"):
                 line = "--"
-            by_pairs.plot(list(row["accuracy"]), list(row["accuracy"].values()), line, color=colour, marker=".",
-                          label=row["variant"])  # fmt: skip
+            places, heights = list(row["accuracy"]), list(row["accuracy"].values())
+            if len(places) == 1:
+                by_pairs.barh(i, heights, color=colour)
+            else:
+                by_pairs.plot(places, heights, line, color=colour, marker=".", label=row["variant"])
             reached = [n for n in row["steps_to_99"] if n is not None]
             steps.plot(reached, [i] * len(reached), "o", color=colour)
         by_pairs.set(xlabel=f"{task}: pairs in a text", ylabel="accuracy, mean of the seeds", ylim=(-0.03, 1.03))
+        if len(rows[0]["accuracy"]) == 1:
+            by_pairs.set(xlabel=f"{task}: accuracy, mean of the seeds", ylabel="", xlim=(0, 1))
+            by_pairs.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize="small")
+            by_pairs.set(ylim=(len(rows) - 0.5, -0.5))
         steps.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize="small")
         steps.set(xlabel="steps to 99%, a dot for each seed that gets there")
         steps.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.5))
