@@ -70,7 +70,8 @@ STORED = {
         {"task": "mqar", "variant": "A", "control": False, "accuracy": {"4": 1.0, "16": 0.75}, "verdict": "it does"},
         {"task": "mqar", "variant": "one", "control": True, "accuracy": {"4": 0.5, "16": 0.01}, "verdict": "fails"},
         {"task": "copy", "variant": "C", "control": False, "accuracy": {"8": 0.25}, "verdict": "it does not"}]},
-    "stability": {"subject": "stability", "rows": [{"setting": "before", "loss": 3.5, "clipped": 0.25},
+    "stability": {"subject": "stability", "rows": [{"setting": "before", "rate": 0.01, "loss": 3.5,
+                                                    "clipped": 0.25, "median_norm": 2.0},
                                                    {"setting": "after", "loss": None, "clipped": 1.0}]},
     "speed": {"cpu": "a CPU", "gpu": None, "tables": {"speed": [
         {"level": "attention", "mix": "C", "B": 1, "T": 256, "dtype": "float32", "mode": "eager", "ms": 1.25},
@@ -92,13 +93,15 @@ def results(tmp_path):
 
 
 LEARNED = "held-out bits/byte against mha at equal tokens: hybrid -0.0123 [-0.0200, -0.0040] better"
+SHAKEN = "python diagnose.py stability, see results/stability.json"
 TIMED = "python bench.py speed, see results/speed.json"
 
 
 @pytest.mark.parametrize("claim, words, command", [
     ('"Learning improvement"', LEARNED, "python compare.py a.toml b.toml"),
-    ('"Macro-block', "before: loss 3.5, clipped 0.25; after: clipped 1",
-     "python diagnose.py stability, see results/stability.json"),
+    ('"Macro-block', "before at rate 0.01: loss 3.5; after: ", SHAKEN),
+    ('"Exploding', "before at rate 0.01: clipped 0.25; after: clipped 1", SHAKEN),
+    ('"Gradient flow', "before at rate 0.01: median_norm 2; after: ", SHAKEN),
     ("Speed of CCGQA", "ms at 256 tokens on a CPU: attention C float32 1.25", TIMED),
     ("Speed of macro", "ms at 256 tokens on a CPU: macro MC float32 7.50", TIMED),
     ("Scaling", "scale_1 (scaling): routed_fraction 0.5", "python scaling.py, see results/scaling.json"),
