@@ -10,7 +10,7 @@ Each file is a contestant, options hold for all of them; the first one is what t
   equal tokens. A warmup that is no option stays the part of a run that it is in the file.
 - The runs are train.py's, in OUT_DIR/CONTESTANT/.. (trials.py): a comparison that was stopped goes on where it was.
 The last line is one JSON object; OUT_DIR/compare.json has the learning curves too, for plot.py, and
-`python compare.py STORED.json ..` prints the tables of such files in Markdown.
+`python compare.py STORED.json .. [--against=CONTESTANT]` prints the tables of such files in Markdown.
 Left out: corrections for many comparisons, contestants on different texts.
 """
 
@@ -395,7 +395,21 @@ def markdown(found: dict) -> Iterator[str]:
         yield ""
 
 
-def print_stored(paths: list[str]) -> int:
+def set_against(found: dict, name: str) -> None:
+    """Makes another contestant of a stored comparison the one that the others are paired with."""
+    for result in found["bases"].values():
+        losses = {row["contestant"]: row["losses"] for row in result["rows"]}
+        if name not in losses:
+            raise UserError(f"against={name!r}: it is none of the contestants: use {', '.join(losses)}")
+        for row in result["rows"]:
+            pairs = zip(row["losses"], losses[name], strict=True)
+            row |= paired([ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None])
+            if row["contestant"] == name:
+                row |= {"p": None, "verdict": "reference"}
+    found["reference"] = name
+
+
+def print_stored(paths: list[str], against: str) -> int:
     """Markdown of comparisons' JSON files."""
     for path in paths:
         try:
@@ -405,6 +419,9 @@ def print_stored(paths: list[str]) -> int:
             raise UserError(f"{path!r} cannot be read: {error.strerror}: give a readable file") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path!r} is no JSON of a comparison: name a compare.json") from error
+        if against:
+            set_against(found, against)
+            lines = list(markdown(found))
         print(f"`{found['command']}` ({found['date'][:10]})\n")
         print("\n".join(lines))
     return 0
@@ -472,8 +489,10 @@ def contend(contest: Contest, team: Team) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    if argv and all(word.endswith(".json") and not word.startswith("-") for word in argv):
-        return print_stored(argv)
+    paths = [word for word in argv if not word.startswith("--against=")]
+    if paths and all(word.endswith(".json") and not word.startswith("-") for word in paths):
+        names = [word.partition("=")[2] for word in argv if word not in paths]
+        return print_stored(paths, names[-1] if names else "")
     options, given, entrants = configure(argv)
     out = Path(given.get("out_dir", "out_compare"))
     contest = Contest(options, given, entrants, out, min(options.jobs, cores()))

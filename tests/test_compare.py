@@ -239,6 +239,12 @@ def test_a_stored_comparison_is_printed_in_markdown(made, capsys):
     assert rows[0][6] == f"{part:+.1%}: {row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
     widths = {line.count("|") for line in lines if line.startswith("|")}
     assert widths == {10}
+    assert compare.main(["out_compare/compare.json", "--against=b"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| a ")]
+    assert rows[0][6].split()[1] == f"{-row['difference']:+.4f}" and sum("| reference |" in line for line in lines) == 2
+    with pytest.raises(UserError, match="against='x': it is none of the contestants: use a, b"):
+        compare.main(["out_compare/compare.json", "--against=x"])
 
 
 def test_each_basis_has_its_lengths_and_no_run_is_made_twice(made):
