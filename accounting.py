@@ -99,8 +99,7 @@ def state_bytes(config: HydraConfig, T: int, itemsize: int = 2, allocated: bool 
     return itemsize * sum(attention_state(block.attn, n) for n, block in zip(tokens, blocks, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# memory of a training step: the step itself is run on tensors without numbers, and what is alive is counted
+# ---- memory of a training step: the step itself is run on tensors without numbers, and what is alive is counted
 
 PARTS = ("parameters", "gradients", "optimiser", "copies", "activations", "loss", "backward", "gathered")
 

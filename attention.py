@@ -84,8 +84,7 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos.to(x.dtype), partner, sin.to(x.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the core: softmax(q k^T / sqrt(K)) v under the causal mask, on the backend that is right for the device
+# ---- the core: softmax(q k^T / sqrt(K)) v under the causal mask, on the backend that is right for the device
 
 
 def attend(
@@ -204,8 +203,7 @@ def with_past(x: Tensor, rows: int, name: str, ctx: Context, state: LayerState |
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the variants; `config` is the model's HydraConfig
+# ---- the variants; `config` is the model's HydraConfig
 
 
 def turned(config, width: int) -> int:

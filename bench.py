@@ -41,7 +41,6 @@ from contestants import CYCLE, GENERATING, Contestant, step_flops, subject
 from files import write_text
 from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, peak_of, ratio, spread
 from model import MOST_POSITIONS, HydraConfig
-from runs import git_hash
 from train import TrainConfig
 
 CONFIGS = Path(__file__).parent / "config"
@@ -167,8 +166,8 @@ def begin(options: BenchConfig, config: HydraConfig | None, about: str, short: b
     peaks = {name: matmul_peak(device, dtype) for name, dtype in DTYPES.items()}
     bench = Bench(options, config, device, peaks, short)
     sheet = {name: machine.datasheet_peak(device, dtype) for name, dtype in DTYPES.items()}
-    head = machine.describe(device) | {"git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    head |= {"seed": options.seed, "short": short, **facts, "peaks": peaks, "datasheet_peaks": sheet}
+    head = machine.describe(device) | {"seed": options.seed, "short": short, **facts, "peaks": peaks}
+    head["datasheet_peaks"] = sheet
     bench.result = head | bench.result
     bench.store()
     rates = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, peak in peaks.items())

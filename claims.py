@@ -30,7 +30,6 @@ LEARNING = ("python compare.py config/learning/mha_both.toml config/learning/hyb
             "--json=results/letters.json")  # fmt: skip
 SPEED = "python bench.py speed --json=results/speed.json"
 SCALING = "python scaling.py --json=results/scaling.json"
-NAMES = ("contestant", "model", "name", "letter", "pattern", "mix", "setting", "variant")  # how a row calls its model
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,6 @@ def table_rows(it: Stored, table: str) -> list[dict]:
     """The measured rows of a table of bench.py or scaling.py."""
     rows = it.content.get("tables", {}).get(table, [])
     return [row for row in rows if "left_out" not in row and "failed" not in row]
-
-
-def name_of(row: dict) -> str:
-    return " ".join(str(row[key]) for key in NAMES if key in row)
 
 
 def numbers_of(row: dict, keys: Sequence[str]) -> str:
@@ -190,7 +185,7 @@ def stability(it: Stored, keys: tuple[str, ...]) -> Iterator[Answer]:
     texts = []
     for row in subject_rows(it, "stability"):
         at = f" at rate {row['rate']:g}" if "rate" in row else ""
-        texts.append(f"{name_of(row)}{at}: {numbers_of(row, keys)}")
+        texts.append(f"{row['variant']}{at}: {numbers_of(row, keys)}")
     if texts:
         yield Answer("; ".join(texts), command_of(it, "diagnose.py stability"))
 

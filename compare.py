@@ -17,7 +17,6 @@ Left out: corrections for many comparisons, contestants on different texts.
 import json
 import math
 import shlex
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from layers import IGNORE
 from machine import choose_compile, choose_device, choose_dtype, describe
 from model import HydraConfig
 from parallel import launched
-from runs import git_hash
+from runs import aligned
 from schedule import planned_steps, step_work
 from sources import cores
 from student import t_p, t_quantile
@@ -78,6 +77,11 @@ class CompareConfig:
 
 
 # ---- what is resolved
+
+def differences_of(ours: list[float | None], theirs: list[float | None]) -> list[float]:
+    """Of losses, seed by seed, where neither run diverged (None)."""
+    return [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
+
 
 def paired(differences: list[float]) -> dict:
     """The mean of paired differences of losses, its 95% t-interval, p, and what they say."""
@@ -337,8 +341,7 @@ def row_of(it: Entrant, rate: float, outcomes: list[Outcome], reference: list[Ou
            "losses": [outcome.loss for outcome in outcomes]}  # fmt: skip
     if outcomes is reference:
         return row | {"verdict": "reference"}
-    both = [(ours.loss, theirs.loss) for ours, theirs in zip(outcomes, reference, strict=True)]
-    return row | paired([ours - theirs for ours, theirs in both if ours is not None and theirs is not None])
+    return row | paired(differences_of(row["losses"], [outcome.loss for outcome in reference]))
 
 
 def curves_of(it: Entrant, outcomes: list[Outcome]) -> dict[str, list]:
@@ -365,9 +368,7 @@ def table(rows: list[dict]) -> Iterator[str]:
     for row in rows:
         cells = ["-" if row.get(name) is None else text.format(row[name]) for name, text in COLUMNS.items()]
         lines.append([row["contestant"], *cells])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for cells in lines:
-        yield "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    return aligned(lines)
 
 
 def markdown(found: dict) -> Iterator[str]:
@@ -402,8 +403,7 @@ def set_against(found: dict, name: str) -> None:
         if name not in losses:
             raise UserError(f"against={name!r}: it is none of the contestants: use {', '.join(losses)}")
         for row in result["rows"]:
-            pairs = zip(row["losses"], losses[name], strict=True)
-            row |= paired([ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None])
+            row |= paired(differences_of(row["losses"], losses[name]))
             if row["contestant"] == name:
                 row |= {"p": None, "verdict": "reference"}
     found["reference"] = name
@@ -414,14 +414,15 @@ def print_stored(paths: list[str], against: str) -> int:
     for path in paths:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if against:
+                set_against(found, against)
             lines = list(markdown(found))
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{path!r} cannot be read: {error.strerror}: give a readable file") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path!r} is no JSON of a comparison: name a compare.json") from error
-        if against:
-            set_against(found, against)
-            lines = list(markdown(found))
         print(f"`{found['command']}` ({found['date'][:10]})\n")
         print("\n".join(lines))
     return 0
@@ -504,8 +505,7 @@ def main(argv: list[str]) -> int:
     windows = last.run.batch_size * last.run.final_eval_iters
     validation = eval_batches(corpus.val, last.run.batch_size, last.config.block_size, windows)
     head = describe(torch.device(shared["device"])) | shared | {
-        "jobs": contest.jobs, "git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": f"python compare.py {shlex.join(argv)}", "corpus": corpus.description,
+        "jobs": contest.jobs, "command": f"python compare.py {shlex.join(argv)}", "corpus": corpus.description,
         "fingerprint": corpus.fingerprint, "measure": UNITS[measure], "reference": contest.first.name,
         "validation_tokens": sum(int((y != IGNORE).sum()) for _, y in validation)}  # fmt: skip
     with open_log(out) as log:

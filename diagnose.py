@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"no subject: name one of {names} first, such as: python diagnose.py recall")
     if argv[0] not in SUBJECTS:
         raise UserError(f"{argv[0]!r} is no subject: use {names}")
-    return import_module(SUBJECTS[argv[0]]).main(argv[1:])  # imported here: a report takes no torch
+    return import_module(SUBJECTS[argv[0]]).main(argv[1:])  # imported here: only one of them is needed
 
 
 if __name__ == "__main__":

@@ -197,6 +197,18 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_text(option: str, path: str, kind: str = "") -> str:
+    """A text file that is not blank, of an option; UserError where there is none, asking for a text file of a kind."""
+    remedy = f"give a UTF-8 text file{kind}"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option}={path!r}: {reason(error)}: {remedy}") from error
+    if not text.strip():
+        raise UserError(f"{option}={path!r}: it is blank: {remedy}")
+    return text
+
+
 def write_text(path: Path, text: str) -> None:
     """A whole text file; UserError where it cannot be written."""
     with saved_file(path) as file:

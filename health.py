@@ -32,12 +32,12 @@ import checkpoints
 from attention import ShortConv
 from configurator import AnyPath, UserError, breaks, build, need, parse, usable_path
 from data import eval_batches, stored_tokenizer, token_text
-from files import reason, write_text
+from files import read_text, write_text
 from layers import IGNORE
 from model import Block, Hydra, HydraConfig
 from parallel import contents, read_parts
 from routing import recursion_tokens
-from runs import for_json, layer_of
+from runs import aligned, for_json, layer_of
 from schedule import learning_rate_at, steps_of
 from train import TrainConfig, make_optimizer, read_corpus
 
@@ -130,16 +130,7 @@ class Windows(NamedTuple):
 
 def given_text(options: HealthConfig) -> str:
     """That of the options, if they have one."""
-    if not options.text_file:
-        return options.text
-    remedy = "give a UTF-8 text file"
-    try:
-        text = Path(options.text_file).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise UserError(f"text_file={options.text_file!r}: {reason(error)}: {remedy}") from error
-    if not text.strip():
-        raise UserError(f"text_file={options.text_file!r}: it is blank: {remedy}")
-    return text
+    return read_text("text_file", options.text_file) if options.text_file else options.text
 
 
 def read_windows(it: Patient, options: HealthConfig) -> Windows:
@@ -473,10 +464,7 @@ def shown(value: object) -> str:
 
 
 def table(rows: list[dict], names: list[str]) -> list[str]:
-    """Lines in columns."""
-    lines = [names] + [[shown(row.get(name)) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return list(aligned([names, *([shown(row.get(name)) for name in names] for row in rows)]))
 
 
 def characters(enc: tiktoken.Encoding, ids: list[int], counts: list[int]) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ import platform
 import re
 import resource
 import shutil
+import subprocess
 import sysconfig
 import time
 from collections.abc import Callable, Iterable
@@ -434,6 +435,16 @@ def in_child(call: Callable, *args):
             return None
 
 
+def git_hash() -> str:
+    """The commit of this code, "unknown" outside of a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
 def describe(device: torch.device) -> dict[str, str | int | None]:
     """What a measurement must name."""
     cpu = platform.machine()
@@ -442,4 +453,5 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         cpu = cpuinfo.read_text().partition("model name")[2].partition("\n")[0].strip("\t :") or cpu
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"device": str(device), "gpu": gpu, "cpu": cpu, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}  # fmt: skip
+            "torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
+            "git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}  # fmt: skip

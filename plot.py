@@ -137,7 +137,7 @@ def draw_bars(rows: list[dict], _: str, figure) -> None:
 
 
 def draw_compare(found: dict, x: str, figure) -> None:
-    """A row of axes for each thing that is equal, a line for each contestant: the seeds' mean, with its end's name."""
+    """A row of axes for each thing that is equal, a line for each contestant: the seeds' mean."""
     places = AXES[1:] if x == "steps" else (x,)
     rows = figure.subplots(len(found["bases"]), len(places), squeeze=False, sharey="row")
     for row, (basis, result) in zip(rows, found["bases"].items(), strict=True):
@@ -216,11 +216,11 @@ def draw_recall(found: dict, _: str, figure) -> None:
                 by_pairs.plot(places, heights, line, color=colour, marker=".", label=row["variant"])
             reached = [n for n in row["steps_to_99"] if n is not None]
             steps.plot(reached, [i] * len(reached), "o", color=colour)
-        by_pairs.set(xlabel=f"{task}: pairs in a text", ylabel="accuracy, mean of the seeds", ylim=(-0.03, 1.03))
         if len(rows[0]["accuracy"]) == 1:
-            by_pairs.set(xlabel=f"{task}: accuracy, mean of the seeds", ylabel="", xlim=(0, 1))
+            by_pairs.set(xlabel=f"{task}: accuracy, mean of the seeds", xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
             by_pairs.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize="small")
-            by_pairs.set(ylim=(len(rows) - 0.5, -0.5))
+        else:
+            by_pairs.set(xlabel=f"{task}: pairs in a text", ylabel="accuracy, mean of the seeds", ylim=(-0.03, 1.03))
         steps.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize="small")
         steps.set(xlabel="steps to 99%, a dot for each seed that gets there")
         steps.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.5))
@@ -257,10 +257,8 @@ def charts_of(path: Path) -> dict[str, tuple]:
             return {"": (draw_stability, found, 6)}
         if "bases" in found:
             return {"": (draw_compare, found, 1 + 3 * len(found["bases"]))}
-        charts = {}
-        if found.get("subject") == "checkpoint":
-            charts, found = health_charts(found), {"tables": {}}
-        tables = found["tables"]
+        charts = health_charts(found) if found.get("subject") == "checkpoint" else {}
+        tables = {} if found.get("subject") == "checkpoint" else found["tables"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{str(path)!r} is no JSON of bench.py, scaling.py, compare.py or diagnose.py with rows: give "
                         "one, or runs") from None  # fmt: skip

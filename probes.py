@@ -45,7 +45,7 @@ from files import remedy, write_text
 from layers import IGNORE
 from machine import describe
 from model import Hydra, HydraConfig
-from runs import git_hash
+from runs import clock
 from schedule import learning_rate_at
 from sources import cores
 from train import TrainConfig, make_optimizer, train_step
@@ -310,8 +310,7 @@ class Results:
 
 def described(command: str) -> dict:
     """What a result must name."""
-    return describe(torch.device("cpu")) | {"git": git_hash(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                                            "command": f"python diagnose.py {command}"}  # fmt: skip
+    return describe(torch.device("cpu")) | {"command": f"python diagnose.py {command}"}
 
 
 class Order(NamedTuple):
@@ -388,9 +387,9 @@ class Progress:
             self.ahead -= order.seconds
             self.done += order.seconds
             self.taken += found["seconds"]
-            minutes, seconds = divmod(int(self.ahead * self.taken / self.done / self.jobs), 60)
-            print(f"{self.ended:3d} of {self.expected} | {order.key} | {text(found)} | {found['seconds']:.0f} s | ETA "
-                  f"{minutes}:{seconds:02d}", flush=True)  # fmt: skip
+            left = clock(self.ahead * self.taken / self.done / self.jobs)
+            print(f"{self.ended:3d} of {self.expected} | {order.key} | {text(found)} | {found['seconds']:.0f} s | "
+                  f"ETA {left}", flush=True)  # fmt: skip
         return [runs[order.key] for order in orders]
 
 

@@ -14,7 +14,6 @@ import platform
 import shlex
 import shutil
 import signal
-import subprocess
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from files import (
     write_text,
 )
 from generate import longest_text
-from machine import compiling, sync
+from machine import compiling, git_hash, sync
 from model import Hydra
 from parallel import Ranks, is_first, launched
 
@@ -414,8 +413,7 @@ class RunLog:
         text = text.format(done=record["step"] / steps, shares=shares, **record)
         for name, value in routing.items():
             text += f" | {name} {value:.3f}"
-        minutes, seconds = divmod(int(record["eta_s"]), 60)
-        self.say(f"{text} | ETA {minutes}:{seconds:02d}")
+        self.say(f"{text} | ETA {clock(record['eta_s'])}")
 
 
 def settle(steps: list[NamedTuple], run, progress: Progress, log: RunLog) -> tuple[dict, dict]:
@@ -535,11 +533,14 @@ def open_folder(out: Path, toml: str, resumed_at: int | None, evaluates: bool, r
     return log, said, ranks.first(best)
 
 
-def git_hash() -> str:
-    """The commit of this code, "unknown" outside of a repository."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def aligned(lines: list[list[str]]) -> Iterator[str]:
+    """Cells in columns, to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))

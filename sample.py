@@ -20,7 +20,7 @@ from accounting import count_params, state_bytes
 from checkpoints import load_checkpoint, load_weights
 from configurator import AnyPath, UserError, build, cli, need, parse, usable_path
 from data import stored_tokenizer, text_of, token_text
-from files import Damaged, reason
+from files import Damaged, read_text
 from generate import LEAST, DecodingState, check_sampling, compile_decoding, generate, longest_text, new_state, pack
 from machine import DTYPES, choose_compile, choose_device, choose_dtype, copy_bandwidth, free_memory
 from model import Hydra, HydraConfig
@@ -57,15 +57,8 @@ class SampleConfig:
 
 def read_prompts(path: str) -> list[str]:
     """The lines of a text file that are not blank."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        remedy = "give a UTF-8 text file with one prompt a line"
-        raise UserError(f"prompt_file={path!r}: {reason(error)}: {remedy}") from error
-    lines = [line for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise UserError(f"prompt_file={path!r}: it is blank: give a text file with one prompt a line")
-    return lines
+    text = read_text("prompt_file", path, " with one prompt a line")
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def checkpoint_path(options: SampleConfig) -> Path:

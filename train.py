@@ -355,7 +355,7 @@ def make_model(it: Setup) -> tuple[Hydra, nn.Module, dict[str, tuple[str, str]]]
     return model, trained, model.backends(it.machine.compiled, grad=True)
 
 
-def open_log(it: Setup, backends: dict[str, tuple[str, str]], notes: list[str], step: int, source: Source | None,
+def open_run(it: Setup, backends: dict[str, tuple[str, str]], notes: list[str], step: int, source: Source | None,
              evaluates: bool) -> tuple[runs.RunLog, float]:  # fmt: skip
     """The run's folder, in which it begins at `step`, and what was chosen and why, said and logged -> the log, and the
     lowest validation loss that it has."""
@@ -467,7 +467,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
         content = configs | it.ids | asdict(progress) | {"eval_windows": it.windows}
         checkpoints.save_run(out / name, content, model, optimizer, ranks, kept_ones, replaced)
 
-    log, best = open_log(it, backends, notes, first_step, source, evaluates)
+    log, best = open_run(it, backends, notes, first_step, source, evaluates)
     progress.best = min(progress.best, best)  # last.pt was written before its own evaluation
 
     # ---- the loop: save, evaluate, sample, step

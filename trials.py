@@ -24,6 +24,7 @@ import train
 from configurator import UserError
 from files import locks, remedy
 from model import HydraConfig
+from runs import clock
 from train import TrainConfig
 
 WHEREABOUTS = {"out_dir", "cache_dir"}  # options that make no difference to a run's numbers
@@ -254,7 +255,6 @@ class Team:
         loss = "diverged" if outcome.loss is None else f"{outcome.loss:.4f} {UNITS[self.measure]}"
         text = f"{len(self.ended):3d} of {self.expected} | {name} | {loss}"
         if seconds:
-            minutes, rest = divmod(int(self.ahead * self.taken / self.done / self.jobs), 60)
-            text += f" | {seconds:.0f} s | ETA {minutes}:{rest:02d}"
+            text += f" | {seconds:.0f} s | ETA {clock(self.ahead * self.taken / self.done / self.jobs)}"
             self.log.write(json.dumps({"run": name, "loss": outcome.loss, "seconds": seconds}) + "\n")
         print(text, flush=True)

@@ -70,9 +70,9 @@ STORED = {
         {"task": "mqar", "variant": "A", "control": False, "accuracy": {"4": 1.0, "16": 0.75}, "verdict": "it does"},
         {"task": "mqar", "variant": "one", "control": True, "accuracy": {"4": 0.5, "16": 0.01}, "verdict": "fails"},
         {"task": "copy", "variant": "C", "control": False, "accuracy": {"8": 0.25}, "verdict": "it does not"}]},
-    "stability": {"subject": "stability", "rows": [{"setting": "before", "rate": 0.01, "loss": 3.5,
+    "stability": {"subject": "stability", "rows": [{"variant": "before", "rate": 0.01, "loss": 3.5,
                                                     "clipped": 0.25, "median_norm": 2.0},
-                                                   {"setting": "after", "loss": None, "clipped": 1.0}]},
+                                                   {"variant": "after", "loss": None, "clipped": 1.0}]},
     "speed": {"cpu": "a CPU", "gpu": None, "tables": {"speed": [
         {"level": "attention", "mix": "C", "B": 1, "T": 256, "dtype": "float32", "mode": "eager", "ms": 1.25},
         {"level": "attention", "mix": "C", "B": 4, "T": 512, "dtype": "float32", "mode": "eager", "ms": 9.0},

@@ -29,6 +29,7 @@ from test_train import (  # noqa: F401 the fixture `signals` is used by its name
 
 import checkpoints
 import files
+import machine
 import runs
 import sample
 import sources
@@ -208,7 +209,7 @@ def test_every_record_is_a_line_of_json_at_once(tmp_path, capsys):
     log.step(40, step, {"routed_fraction": 0.125})
     found = records(tmp_path)  # the file is still open
     header = found[0]
-    assert header["resumed_at"] == 3 and header["dtype"] == "float32" and header["git"] == runs.git_hash()
+    assert header["resumed_at"] == 3 and header["dtype"] == "float32" and header["git"] == machine.git_hash()
     assert header["torch"] == torch.__version__ and {"numpy", "python"} <= header.keys()
     assert found[1] == {"kind": "any", "step": 1, "loss": None, "lr": None, "name": "nan", "parts": {"a": [None, 2]}}
     assert found[2] == {"kind": "skipped", "step": 7, "skipped": "loss"}
@@ -226,16 +227,16 @@ def test_every_record_is_a_line_of_json_at_once(tmp_path, capsys):
 
 
 def test_the_commit_is_named_where_there_is_one(tmp_path, monkeypatch):
-    found = runs.git_hash()
+    found = machine.git_hash()
     assert found == "unknown" or len(found) == 40
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
-    assert runs.git_hash() == "unknown"
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    assert machine.git_hash() == "unknown"
 
     def no_git(*args, **keys):
         raise FileNotFoundError
 
-    monkeypatch.setattr(runs.subprocess, "run", no_git)
-    assert runs.git_hash() == "unknown"
+    monkeypatch.setattr(machine.subprocess, "run", no_git)
+    assert machine.git_hash() == "unknown"
 
 
 # ---- checkpoints
