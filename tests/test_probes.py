@@ -170,7 +170,7 @@ def test_recall_goes_on_where_it_stopped(capsys, monkeypatch):
     last = json.loads(out.splitlines()[-1])
     assert [(row["task"], row["variant"]) for row in last["rows"]] == [
         (task, name) for task in ("mqar", "induction") for name in ("A", "one layer")]
-    assert "12 runs of up to 4 steps" in out and "12 of 12" in out and "fails, as it must" in out
+    assert "10 runs of up to 4 steps" in out and "10 of 10" in out and "fails, as it must" in out
     assert "texts of 8 tokens, 16 words, width 16" in out and "8192 words" in out  # ours and the published
     real, calls = probes.train_probe, []
 
@@ -188,9 +188,24 @@ def test_recall_goes_on_where_it_stopped(capsys, monkeypatch):
     assert diagnose.main([*args, "--json=parts.json"]) == 0
     assert numbers("parts.json") == numbers("whole.json")
     capsys.readouterr()
-    assert diagnose.main([*args, "--json=parts.json"]) == 0 and " of 12 |" not in capsys.readouterr().out
+    assert diagnose.main([*args, "--json=parts.json"]) == 0 and " of 10 |" not in capsys.readouterr().out
     with pytest.raises(UserError, match="other values of dim: name another file"):
         diagnose.main([*args, "--json=parts.json", "--dim=32"])
+
+
+def test_a_run_ends_when_all_numbers_of_pairs_are_solved(monkeypatch):
+    """The most pairs are looked at first; the end has every number's accuracy, in the order of the numbers."""
+    # step 2: the most pairs fail; step 4: they pass, others do not; step 6: all pass
+    seen = iter([0.5, 0.99, 0.9, 0.99, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(probes, "accuracy", lambda model, test: next(seen))
+    it = probe(A, pairs="1,2", max_iters=20)
+    found = train_probe(it._replace(options=replace(it.options, check_every=2)))
+    assert found["steps_to_99"] == found["steps"] == 6 and found["accuracy"] == {"1": 1.0, "2": 1.0}
+    seen = iter([0.25, 0.75, 0.5])
+    monkeypatch.setattr(probes, "accuracy", lambda model, test: next(seen))
+    it = probe(A, pairs="1,2", max_iters=4)
+    found = train_probe(it._replace(options=replace(it.options, check_every=2)))
+    assert (found["steps_to_99"], found["steps"], found["accuracy"]) == (None, 4, {"1": 0.75, "2": 0.5})
 
 
 @pytest.mark.slow
