@@ -519,7 +519,7 @@ def main(argv: list[str]) -> int:
     layers, taps, routers = layer_rows(it, seen), taps_of(it.model), router_rows(it.model, choices)
     findings = findings_of(it, layers, routers, loss)
     tokens = sum(x.size(1) for x, _ in windows.batches)
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    coloured = sys.stdout.isatty()
     print(f"{it.path}, step {it.parts['step']:,}: {loss:.4f} nats a token on {tokens:,} tokens of {windows.name}")
     print("\n".join(it.notes + table(layers, COLUMNS)))
     letters = letter_spans(layers)
