@@ -74,6 +74,8 @@ def flops_per_token(config: HydraConfig, T: int) -> float:
     """Forward FLOPs per token at T tokens, head included, at the training's capacities; training takes three times."""
     candidates = recursion_tokens(config.mor_recursions, T)
     scored = sum(candidates[:-1]) + len(skeleton(config).depth_routers) * sum(candidates)
+    if config.router == "random":  # which looks at no token
+        scored = 0
     layers = sum(layer_flops(config, T)) + 2 * config.dim * scored
     return 2 * config.dim * config.vocab_size + layers / T
 

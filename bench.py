@@ -22,7 +22,6 @@ import gc
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -36,7 +35,7 @@ import torch
 import machine
 from accounting import attention_flops, count_params, matrix_flops, skeleton, state_bytes, step_bound, step_bytes
 from attention import KINDS, letters_help
-from configurator import AnyPath, UserError, build, cli, command, need, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, command, need, need_file, parse, to_toml
 from contestants import CYCLE, GENERATING, Contestant, step_flops, subject
 from files import write_text
 from machine import DTYPES, copy_bandwidth, free_memory, in_child, in_turns, matmul_peak, peak_of, ratio, spread
@@ -75,9 +74,7 @@ class BenchConfig:
 
     def __post_init__(self):
         need(self, "seed", 0 <= self.seed < 2**63, "choose one from 0 to 2**63 - 1")
-        need(self, "json", os.path.isdir(os.path.dirname(self.json) or "."), "its folder does not exist: make it first")
-        is_file = os.path.isfile(self.json) or not os.path.lexists(self.json)  # it will be replaced: no device, no link
-        need(self, "json", is_file, "it is no file: name another")
+        need_file(self, "json")
         for name in ("rounds", "prompt_tokens", "new_tokens", "context"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("prompt_tokens", "new_tokens", "context"):
@@ -409,8 +406,8 @@ def main(argv: list[str]) -> int:
     table = words.pop(0) if words and not words[0].startswith("-") else ""
     if table and table not in TABLES:
         raise UserError(f"unknown table {table!r}: use {', '.join(TABLES)}")
-    given = parse(words, HydraConfig, BenchConfig, doc=f"{__doc__}\n{letters_help()}")
     base = parse([str(CONFIGS / "small.toml"), *files], HydraConfig, TrainConfig)
+    given = parse(words, HydraConfig, BenchConfig, doc=f"{__doc__}\n{letters_help()}", base=base)
     for option in fields(TrainConfig):
         base.pop(option.name, None)
     config, options = build(given, HydraConfig, BenchConfig, base=base)

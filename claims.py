@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from model import HydraConfig
 from train import TrainConfig
 
 HERE = Path(__file__).parent
+USAGE = "usage: python diagnose.py report [--key=value ...]"
 LENGTHS = (512, 1024, 8192)  # tokens, at which FLOPs are compared
 AT = " / ".join(map(str, LENGTHS))
 COUNTED = "python diagnose.py report"
@@ -157,37 +159,43 @@ def stack_flops() -> str:
 
 # ---- what was measured
 
+def against_mha(it: Stored) -> bool:
+    """Whether it is a comparison with MHA."""
+    first = it.content.get("contestants", {}).get(it.content.get("reference"), {}).get("config", {})
+    return set(first.get("pattern", "")) == {"A"}
+
+
 def learning(it: Stored) -> Iterator[Answer]:
     """Of a comparison with MHA the losses of the others against it."""
-    contestants, bases = it.content.get("contestants", {}), it.content.get("bases", {})
-    first = contestants.get(it.content.get("reference"), {}).get("config", {})
-    if set(first.get("pattern", "")) != {"A"}:
-        return
-    for basis, found in bases.items():
-        texts = []
+    for basis, found in it.content.get("bases", {}).items() if against_mha(it) else ():
+        said: dict[str, list[str]] = {}
         for row in found["rows"]:
-            if row.get("difference") is None:
-                continue
-            interval = f" [{row['low']:+.4f}, {row['high']:+.4f}]" if row.get("low") is not None else ""
-            texts.append(f"{row['contestant']} {row['difference']:+.4f}{interval} {row['verdict']}")
+            if row.get("difference") is not None:
+                resolved = row["verdict"] != "not resolved"
+                number = f" {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if resolved else ""
+                said.setdefault(row["verdict"], []).append(row["contestant"] + number)
+        texts = [f"{verdict}: {', '.join(names)}" for verdict, names in sorted(said.items())]
         if texts:
             yield Answer(f"held-out {it.content['measure']} against {it.content['reference']} at equal {basis}: "
                          f"{'; '.join(texts)}", it.content["command"])  # fmt: skip
 
 
 def curves(it: Stored) -> Iterator[Answer]:
-    if "bases" in it.content:
-        yield Answer(f"learning curves over tokens, FLOPs and seconds: results/{it.name}", it.content["command"])
+    """Of a comparison at equal FLOPs with MHA."""
+    if "flops" in it.content.get("bases", {}) and against_mha(it):
+        yield Answer(f"no score, but curves over tokens, FLOPs and seconds: results/{it.name}", it.content["command"])
 
 
 def stability(it: Stored, keys: tuple[str, ...]) -> Iterator[Answer]:
-    """The settings' numbers with these names, at each rate."""
-    texts = []
-    for row in subject_rows(it, "stability"):
-        at = f" at rate {row['rate']:g}" if "rate" in row else ""
-        texts.append(f"{row['variant']}{at}: {numbers_of(row, keys)}")
+    """The variants' numbers with these names, at each rate."""
+    rows, texts = subject_rows(it, "stability"), []
+    for key, rate in product(keys, dict.fromkeys(row["rate"] for row in rows)):
+        found = [f"{row['variant']} {row[key]:.3g}" for row in rows if row["rate"] == rate and row[key] is not None]
+        texts.append(f"{key.replace('_', ' ')} at rate {rate:g}: {', '.join(found)}")
     if texts:
-        yield Answer("; ".join(texts), command_of(it, "diagnose.py stability"))
+        every = it.content["config"]["log_layers"]
+        note = f" (norms of every {every}th step)" if any("norm" in key for key in keys) else ""
+        yield Answer("; ".join(texts) + note, command_of(it, "diagnose.py stability"))
 
 
 def recall(it: Stored) -> Iterator[Answer]:
@@ -270,7 +278,7 @@ def markdown(rows: list[dict]) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    (options,) = build(parse(argv, ReportConfig, doc=__doc__), ReportConfig)
+    (options,) = build(parse(argv, ReportConfig, doc=f"{USAGE}\n\n{__doc__.strip()}"), ReportConfig)
     folder = Path(options.results) if options.results else HERE / "results"
     rows = report(read_results(folder))
     if options.markdown:

@@ -2,13 +2,16 @@
 
 Each file is a contestant, options hold for all of them; the first one is what the others are compared with.
 - Each gets its own learning rate: rates a factor sqrt(2) apart around its file's, with one seed, at least `rates` of
-  them and more while the lowest loss is at an edge; then the minimum of a parabola through the losses over log rate.
+  them and more while the lowest loss is at an edge, up to 8 times its file's and down to an eighth; then the minimum of
+  a parabola through the losses over log rate.
 - Then the seeds at that rate: mean, standard deviation, and of the differences from the first contestant, paired by
   seed (which has the same batches), the 95% t-interval and p. Where the interval holds 0 it is "not resolved".
-- `equal`: the first contestant's tokens, training FLOPs or seconds. Its length is max_iters, max_tokens or max_flops;
-  seconds are max_seconds, else what it took for its tokens, and those runs are made one at a time. The rate is that at
-  equal tokens. A warmup that is no option stays the part of a run that it is in the file.
-- The runs are train.py's, in OUT_DIR/CONTESTANT/.. (trials.py): a comparison that was stopped goes on where it was.
+- `equal`: the first contestant's tokens, training FLOPs or seconds. Its run ends by max_iters, max_tokens or max_flops;
+  seconds are max_seconds, else what it took for its tokens, and those runs are made one at a time. Rates are looked for
+  at equal tokens alone. A warmup that is no option stays the part of a run that it is in the file; at equal seconds by
+  the pace of the search, if there is one.
+- The runs are train.py's, in OUT_DIR/CONTESTANT/.. (trials.py): a comparison that was stopped goes on where it was. A
+  file that is named twice is two contestants.
 The last line is one JSON object; OUT_DIR/compare.json has the learning curves too, for plot.py, and
 `python compare.py STORED.json .. [--against=CONTESTANT]` prints the tables of such files in Markdown.
 Left out: corrections for many comparisons, contestants on different texts.
@@ -28,7 +31,7 @@ import torch
 
 from accounting import count_params, flops_per_token, state_bytes
 from attention import letters_help
-from configurator import UserError, build, cli, need, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, need, need_file, parse, to_toml
 from data import Corpus, eval_batches, token_bytes
 from files import write_text
 from layers import IGNORE
@@ -49,6 +52,8 @@ POINTS = 5  # evaluations of a learning curve
 # the tokens of the first contestant's run, since evaluations should not cost what the training does.
 VALIDATION = {"curve": (2**13, 1 / 50), "rate": (2**14, 1 / 8), "seed": (2**16, 1 / 2)}
 FEW = 5  # tokens a parameter, below which a run rewards what learns fastest at first
+OWN = {"out_dir": "out_compare"}  # defaults
+UNREAD = ("resume", "plan", "profile")
 SAME_TEXT = ("data", "val_data", "val_fraction", "text_field")
 SAME_BATCHES = ("batch_size", "gradient_accumulation_steps", "sampling", "tokenizer", "seed")
 
@@ -62,14 +67,14 @@ class CompareConfig:
     rates: int = 5  # learning rates that are tried for each contestant, 0 = its file's and no other
     jobs: int = 2  # runs at a time, at most one for each core
     keep: bool = False  # keep the checkpoints of runs that have ended
-    json: str = ""  # file of the whole result, empty: compare.json in out_dir
+    json: AnyPath = ""  # file of the whole result, empty: compare.json in out_dir
 
     def __post_init__(self):
         need(self, "seeds", self.seeds >= 1, "it must be at least 1")
         need(self, "jobs", self.jobs >= 1, "it must be at least 1")
         need(self, "rates", self.rates == 0 or 3 <= self.rates <= 2 * REACH + 1, f"use 0, or 3 to {2 * REACH + 1}")
         need(self, "equal", set(self.bases) <= set(BASES), f"use {', '.join(BASES)}, with commas between")
-        need(self, "json", Path(self.json).parent.is_dir(), "its folder does not exist: make it first")
+        need_file(self, "json")
 
     @property
     def bases(self) -> list[str]:
@@ -170,7 +175,11 @@ def configure(argv: list[str]) -> tuple[CompareConfig, dict, list[Entrant]]:
     """-> the comparison, the options that hold for all contestants, the contestants."""
     paths = [word for word in argv if word.endswith(".toml") and not word.startswith("-")]
     words = [word for word in argv if word not in paths]
-    given = parse(words, HydraConfig, TrainConfig, CompareConfig, doc=f"{__doc__}\n{letters_help()}")
+    if any(word.startswith("--against") for word in words):
+        raise UserError("--against: it is for stored comparisons, as in: python compare.py out_compare/compare.json "
+                        "--against=NAME; a new one is against its first file")  # fmt: skip
+    doc = f"{__doc__}\n{letters_help()}"
+    given = parse(words, HydraConfig, TrainConfig, CompareConfig, doc=doc, base=OWN, unread=UNREAD)
     own = {option.name: given.pop(option.name) for option in fields(CompareConfig) if option.name in given}
     (options,) = build(own, CompareConfig)
     if launched():
@@ -183,7 +192,7 @@ def configure(argv: list[str]) -> tuple[CompareConfig, dict, list[Entrant]]:
     if entrants[0].run.max_seconds and "seconds" not in options.bases:
         raise UserError(f"max_seconds={entrants[0].run.max_seconds}: give --equal=seconds too, or leave it out")
     for it in entrants:
-        for name in ("resume", "plan", "profile"):
+        for name in UNREAD:
             if getattr(it.run, name):
                 raise UserError(f"{name}={getattr(it.run, name)} of {it.name}: compare.py makes whole runs, and goes "
                                 "on where it was stopped: leave it out")  # fmt: skip
@@ -258,9 +267,10 @@ class Contest(NamedTuple):
         run = self.run_of(it, steps, rate, f"{steps}-steps/rate-{rate:g}", evaluations)
         return Trial(it.config, run, work_of(it.config, run))
 
-    def seed_trials(self, it: Entrant, basis: str, rate: float, seconds: float = 0.0) -> list[Trial]:
-        """A run for each seed; at equal seconds it ends after so many."""
-        steps = self.steps(it, basis)
+    def seed_trials(self, it: Entrant, basis: str, rate: float, seconds: float = 0.0,
+                    pace: float = 0.0) -> list[Trial]:  # fmt: skip
+        """A run for each seed; at equal seconds it ends after so many, of which a step takes about `pace`, if known."""
+        steps = max(1, round(seconds / pace)) if pace else self.steps(it, basis)
         evaluations = {"eval_interval": math.ceil(steps / POINTS), "eval_iters": self.batches(it, "curve"),
                        "final_eval_iters": self.batches(it, "seed")}  # fmt: skip
         evaluations |= {name: self.given[name] for name in evaluations.keys() & self.given.keys()}
@@ -278,6 +288,8 @@ class Contest(NamedTuple):
     def expected(self) -> list[Trial]:
         """All runs, as far as they are known, at any rates."""
         found = [self.rate_trial(it, power) for it in self.entrants for power in range(self.options.rates)]
+        if "seconds" in self.options.bases and not self.first.run.max_seconds:
+            found += self.seed_trials(self.first, "tokens", 1.0)  # whose seconds count
         for basis in self.options.bases:
             for it in self.entrants:
                 found += self.seed_trials(it, basis, 1.0, 1.0 if basis == "seconds" else 0.0)
@@ -317,8 +329,13 @@ def seconds_of_first(contest: Contest, team: Team, rate: float) -> float:
 def seed_outcomes(contest: Contest, team: Team, basis: str, rates: dict[str, float]) -> dict[str, list[Outcome]]:
     """What the seeds' runs of every contestant have come to. They are made in turns, so that a slow phase of the
     machine meets all contestants."""
-    seconds = seconds_of_first(contest, team, rates[contest.first.name]) if basis == "seconds" else 0.0
-    trials = [contest.seed_trials(it, basis, rates[it.name], seconds) for it in contest.entrants]
+    seconds, paces = 0.0, dict.fromkeys(rates, 0.0)
+    if basis == "seconds":
+        seconds = seconds_of_first(contest, team, rates[contest.first.name])
+    if basis == "seconds" and contest.options.rates:
+        made = team.make([contest.rate_trial(it, 0) for it in contest.entrants])
+        paces = {it.name: one.seconds / one.steps for it, one in zip(contest.entrants, made, strict=True)}
+    trials = [contest.seed_trials(it, basis, rates[it.name], seconds, paces[it.name]) for it in contest.entrants]
     made = team.make([trial for of_a_seed in zip(*trials, strict=True) for trial in of_a_seed])
     return {it.name: made[i :: len(trials)] for i, it in enumerate(contest.entrants)}
 
@@ -357,7 +374,7 @@ def curves_of(it: Entrant, outcomes: list[Outcome]) -> dict[str, list]:
 
 
 COLUMNS = {"rate": "{:.3g}", "parameters": "{:,}", "tokens_per_parameter": "{:.2f}", "flops": "{:.3g}",
-           "seconds": "{:.0f}", "state_bytes_per_token": "{:,.0f}", "runs": "{}", "diverged": "{}", "mean": "{:.4f}",
+           "seconds": "{:,.1f}", "state_bytes_per_token": "{:,.0f}", "runs": "{}", "diverged": "{}", "mean": "{:.4f}",
            "sd": "{:.4f}", "difference": "{:+.4f}", "low": "{:+.4f}", "high": "{:+.4f}", "p": "{:.2g}",
            "verdict": "{}"}  # fmt: skip
 
@@ -376,13 +393,16 @@ def markdown(found: dict) -> Iterator[str]:
     for basis, result in found["bases"].items():
         lines = [["contestant", "rate", "tokens/parameter", "training FLOPs", "state bytes/token", "mean (sd)",
                   f"against {found['reference']}, 95% interval", "p", "verdict"]]  # fmt: skip
+        reference = next(row["losses"] for row in result["rows"] if row["contestant"] == found["reference"])
         for row in result["rows"]:
             mean = "diverged" if row["mean"] is None else f"{row['mean']:.4f}"
             if row["sd"] is not None:
                 mean += f" ({row['sd']:.4f})"
             against, p = "", ""
             if row.get("p") is not None:
-                against = f"{row['difference'] / (row['mean'] - row['difference']):+.1%}: {row['difference']:+.4f} "
+                pairs = zip(row["losses"], reference, strict=True)
+                part = row["difference"] / fmean(theirs for ours, theirs in pairs if None not in (ours, theirs))
+                against = f"{part:+.1%}: {row['difference']:+.4f} "
                 against += f"({row['low']:+.4f} to {row['high']:+.4f})"
                 p = f"{row['p']:.2g}"
             lines.append([row["contestant"], f"{row['rate']:.3g}", f"{row['tokens_per_parameter']:.2g}",
@@ -409,21 +429,27 @@ def set_against(found: dict, name: str) -> None:
     found["reference"] = name
 
 
-def print_stored(paths: list[str], against: str) -> int:
+def print_stored(argv: list[str]) -> int:
     """Markdown of comparisons' JSON files."""
-    for path in paths:
+    against = ""
+    for word in argv:
+        if word.startswith("--against="):
+            against = word.partition("=")[2]
+        elif word.startswith("-") or not word.endswith(".json"):
+            raise UserError(f"{word!r}: stored comparisons take nothing but --against=CONTESTANT: leave it out")
+    for path in filter(lambda word: not word.startswith("-"), argv):
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             if against:
                 set_against(found, against)
-            lines = list(markdown(found))
+            lines = [f"`{found['command']}` ({found['date'][:10]})", "", *markdown(found)]
         except UserError:
             raise
         except OSError as error:
             raise UserError(f"{path!r} cannot be read: {error.strerror}: give a readable file") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError,
+                ValueError) as error:  # fmt: skip
             raise UserError(f"{path!r} is no JSON of a comparison: name a compare.json") from error
-        print(f"`{found['command']}` ({found['date'][:10]})\n")
         print("\n".join(lines))
     return 0
 
@@ -440,7 +466,8 @@ def remarks(contest: Contest, tried: dict[str, dict[float, float]], rows: dict[s
             yield f"{it.name} does not see the batches of {first.name}: a seed has nothing but its number in common"
         best = min(tried[it.name], key=tried[it.name].get, default=None)
         if best is not None and best in (min(tried[it.name]), max(tried[it.name])):
-            yield f"{it.name}: the lowest loss is at {best:g}, an edge of the rates that were tried"
+            yield (f"{it.name}: the lowest loss is at {best:g}, an edge of the rates that were tried: "
+                   "give its file a learning_rate near it")  # fmt: skip
     if contest.options.seeds == 1:
         yield "one seed resolves nothing: give --seeds=5"
     if min(row["tokens_per_parameter"] for found in rows.values() for row in found) < FEW:
@@ -490,12 +517,10 @@ def contend(contest: Contest, team: Team) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    paths = [word for word in argv if not word.startswith("--against=")]
-    if paths and all(word.endswith(".json") and not word.startswith("-") for word in paths):
-        names = [word.partition("=")[2] for word in argv if word not in paths]
-        return print_stored(paths, names[-1] if names else "")
+    if any(word.endswith(".json") and not word.startswith("-") for word in argv):
+        return print_stored(argv)
     options, given, entrants = configure(argv)
-    out = Path(given.get("out_dir", "out_compare"))
+    out = Path((OWN | given)["out_dir"])
     contest = Contest(options, given, entrants, out, min(options.jobs, cores()))
     torch.set_num_threads(1)  # as the runs have it: what this machine does best is found out by measuring
     shared = contest.shared()
@@ -511,7 +536,8 @@ def main(argv: list[str]) -> int:
     with open_log(out) as log:
         write_text(out / "config.toml", to_toml(options))
         log.write(json.dumps(head) + "\n")
-        print(f"{corpus.description}\n{contest.jobs} runs at a time on one thread each; {shared}", flush=True)
+        print(f"{corpus.description}\n{contest.jobs} runs at a time, each on one thread of {shared['device']}, in "
+              f"{shared['dtype']}, compile={shared['compile']}", flush=True)  # fmt: skip
         team = Team(out, contest.jobs, corpus.fingerprint, measure, options.keep, log)
         try:
             with team:

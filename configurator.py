@@ -23,7 +23,7 @@ import shlex
 import sys
 import tomllib
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import NewType, get_type_hints
@@ -63,6 +63,14 @@ def need(config: object, names: str, holds: bool, remedy: str) -> None:
     if not holds:
         values = ", ".join(f"{name}={getattr(config, name)!r}" for name in names.split())
         raise UserError(f"{values}: {remedy}")
+
+
+def need_file(config: object, name: str) -> None:
+    """A check of the option of a file to write, "" = none: UserError where it cannot be written, before any work."""
+    path = getattr(config, name)
+    need(config, name, os.path.isdir(os.path.dirname(path) or "."), "its folder does not exist: make it first")
+    is_file = os.path.isfile(path) or not os.path.lexists(path)  # it will be replaced: no folder, no device, no link
+    need(config, name, is_file, "it is no file: name another")
 
 
 def key_types(types: tuple[type, ...]) -> dict[str, type]:
@@ -215,12 +223,13 @@ def read_toml(path: str, kinds: dict[str, type]) -> dict:
     return given
 
 
-def parse(argv: list[str], *types: type, doc: str = "") -> dict:
-    """Files and options of `argv` in order, later wins: only the given keys, with typed values. Raises UserError."""
+def parse(argv: list[str], *types: type, doc: str = "", base: dict | None = None, unread: Collection[str] = ()) -> dict:
+    """Files and options of `argv` in order, later wins: only the given keys, with typed values. Raises UserError. For
+    --help: `base` are the program's own defaults, `unread` the keys that it does not read."""
     kinds, given, rest = key_types(types), {}, list(argv)
     repeated: dict[str, tuple] = {}
     if "-h" in rest or "--help" in rest:  # before all else, so that it also helps beside a mistake
-        print(help_text(types, doc))
+        print(help_text(types, doc, base or {}, unread))
         raise SystemExit(0)
     while rest:
         arg = rest.pop(0)
@@ -283,15 +292,17 @@ def field_comments(cls: type) -> dict[str, str]:
     return {f.name: found.get(f.name, "") for f in fields(cls)}
 
 
-def help_text(types: tuple[type, ...], doc: str) -> str:
-    """`doc`, the usage, and every key with its default and its comment, by dataclass."""
+def help_text(types: tuple[type, ...], doc: str, base: dict, unread: Collection[str]) -> str:
+    """`doc`, the usage, and every key but those `unread` with its default, of `base` or else its own, and its comment,
+    by dataclass."""
     lines = [doc.strip(), ""] if doc else []
     if not doc.startswith("usage: "):
         lines.append(f"usage: python {os.path.basename(sys.argv[0])} [config/x.toml ...] [--key=value ...]")
     lines.append("Read in order, later wins. Also --key value; --key alone sets a bool to true.")
     for cls in types:
         comments = field_comments(cls)
-        options = {f.name: f"  --{f.name}={literal(f.default)}" for f in fields(cls)}
+        options = {f.name: f"  --{f.name}={literal(base.get(f.name, f.default))}" for f in fields(cls)
+                   if f.name not in unread}  # fmt: skip
         width = max(map(len, options.values()))
         lines += ["", cls.__name__, *(f"{text:{width}}  {comments[key]}".rstrip() for key, text in options.items())]
     return "\n".join(lines)

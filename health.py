@@ -1,11 +1,13 @@
 """The health of a model, by its run's folder or a checkpoint: `python diagnose.py checkpoint PATH [--key=value ...]`
 
-- Every layer: the norm of its weights, how much of it AdamW's next step changes (by the moments, thus not of best.pt),
-  what attention and MLP add to the residual line, temperatures, and the span of attention: the mean distance of what
-  each head looks at, in tokens, and the distance within which 90% of its weight lies.
+- Every layer: the norm of its weights, how much of it AdamW's last step changed (by the moments, thus not of best.pt),
+  what attention and MLP add, in parts of the residual line's norm, temperatures, and the span of attention: the mean
+  distance of what each head looks at, in tokens, and the distance within which 90% of its weight lies.
 - CCQA's two convolutions and short_conv, tap by tap; what every router selects.
 - What the routers did with a text, token by token: coloured in a terminal, digits below the text elsewhere.
-- Findings, a line each: what is not finite, dead layers, saturated routers, temperatures gone wild.
+- Findings, a line each: what is not finite; dead layers (a weight of zeros, or less than 0.001 of the residual line's
+  norm added); saturated routers (of enough tokens less than a tenth of what training takes selected, or of what it
+  leaves left); temperatures gone wild (beyond 10, or below 0.1). The exit code is 0 whatever they are.
 All is measured on the run's validation text, or on --text or --text_file. The probabilities of attention are computed
 beside the core, from the queries and keys that it is given: the model runs as it is. Eager, fp32, on the CPU.
 The last line is one JSON object; --json stores it for plot.py.
@@ -14,7 +16,6 @@ The last line is one JSON object; --json stores it for plot.py.
 import codecs
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 import checkpoints
 from attention import ShortConv
-from configurator import AnyPath, UserError, breaks, build, need, parse, usable_path
+from configurator import AnyPath, UserError, breaks, build, need, need_file, parse, usable_path
 from data import eval_batches, stored_tokenizer, token_text
 from files import read_text, write_text
 from layers import IGNORE
@@ -47,7 +48,7 @@ WIDTH = 100  # characters of a line of it
 DEAD = 1e-3  # part of the residual line's norm, below which a layer adds nothing
 ZERO = 1e-7  # root mean square of a parameter, below which it is none
 WILD = 10.0  # a temperature begins at 1: beyond this, or below one over it, it has gone wild
-FEW = 1e-3  # part of the tokens, below which a router selects none; all where as few are left
+FEW = 0.1  # of what it selects in training, below which a router is saturated; or of what it leaves
 COLUMNS = ["layer", "letter", "parameters", "norm", "update_ratio", "attention", "mlp", "temperature", "span", "span90"]
 LEAST = 10  # tokens that it should select, and leave, of a text that tells whether it does
 BIASES = ("line_bias", "layer_bias")  # parameters that may be zero
@@ -66,8 +67,7 @@ class HealthConfig:
     def __post_init__(self):
         need(self, "windows", self.windows >= 1, "it must be at least 1")
         need(self, "text text_file", not (self.text and self.text_file), "give one of them")
-        need(self, "json", not self.json or Path(self.json).parent.is_dir(), "its folder does not exist: make it first")
-        need(self, "json", not os.path.isdir(self.json), "it is a folder: name a file")
+        need_file(self, "json")
 
 
 # ---- the checkpoint
@@ -402,7 +402,7 @@ class Finding(NamedTuple):
 
     what: str
     where: str
-    value: float
+    value: float | None  # none of what is not finite
     reason: str
 
 
@@ -415,11 +415,11 @@ def not_finite(it: Patient, loss: float) -> Iterator[Finding]:
             bad = int((~tensor.isfinite()).sum())
             if bad:
                 sound = False
-                yield Finding("not finite", where, math.nan, f"{bad:,} of its {tensor.numel():,} numbers")
+                yield Finding("not finite", where, None, f"{bad:,} of its {tensor.numel():,} numbers")
             elif where.startswith("exp_avg_sq") and (tensor < 0).any():
                 yield Finding("not possible", where, tensor.min().item(), "a mean of squares is not negative")
     if sound and not math.isfinite(loss):
-        yield Finding("not finite", "the loss", loss, "though every weight is")
+        yield Finding("not finite", "the loss", None, "though every weight is")
 
 
 def findings_of(it: Patient, rows: list[dict], routers: list[dict], loss: float) -> list[Finding]:
@@ -427,10 +427,14 @@ def findings_of(it: Patient, rows: list[dict], routers: list[dict], loss: float)
     found = list(not_finite(it, loss))
     if not math.isfinite(loss):
         return found
+    dead: dict[str, dict[str, float]] = {}
     for name, p in it.model.named_parameters():
         rms = p.detach().double().square().mean().sqrt().item()
         if rms < ZERO and not name.endswith(BIASES):
-            found.append(Finding("dead layer", f"root mean square of {name}", rms, f"below {ZERO:g} it is no weight"))
+            dead.setdefault(layer_of(name), {})[name] = rms
+    for of_layer in dead.values():
+        found.append(Finding("dead layer", f"root mean square of {', '.join(of_layer)}", max(of_layer.values()),
+                             f"below {ZERO:g} it is no weight"))  # fmt: skip
     for row in rows:
         for name in ("attention", "mlp"):
             part = row.get(name)
@@ -445,10 +449,8 @@ def findings_of(it: Patient, rows: list[dict], routers: list[dict], loss: float)
         part, capacity = row["selected"], row["capacity"]
         if part is None or min(capacity, 1 - capacity) * row["candidates"] < LEAST:
             continue
-        if part <= FEW:
-            found.append(Finding("saturated router", row["router"], part, "it selects none of its tokens"))
-        if part >= 1 - FEW:
-            why = f"it selects all of its tokens, of which training takes {capacity:.3g}"
+        if part <= FEW * capacity or 1 - part <= FEW * (1 - capacity):
+            why = f"of its tokens it selects so many, training takes {capacity:.3g}: it hardly chooses"
             found.append(Finding("saturated router", row["router"], part, why))
     return found
 
@@ -507,8 +509,9 @@ def routing_lines(windows: Windows, choices: list[list[Choice]], coloured: bool)
 
 
 def main(argv: list[str]) -> int:
-    words = [word for word in argv if not word.startswith("-") and not word.endswith(".toml")]
-    given = parse([word for word in argv if word not in words], HealthConfig, doc=__doc__)
+    words = [word for word in argv if not word.startswith("-")]
+    usage = "usage: python diagnose.py checkpoint PATH [--key=value ...]"
+    given = parse([word for word in argv if word not in words], HealthConfig, doc=f"{usage}\n\n{__doc__.strip()}")
     (options,) = build(given, HealthConfig)
     if len(words) != 1:
         what = f"{words[1]!r} is one too many" if words else "nothing to look at"
@@ -534,10 +537,10 @@ def main(argv: list[str]) -> int:
     if routers and windows.enc:
         print("\n".join(routing_lines(windows, choices, coloured)))
     for what, where, value, why in findings:
-        line = f"{what}: {where} = {value:.4g}: {why}"
+        line = f"{what}: {where}{'' if value is None else f' = {value:.4g}'}: {why}"
         print(f"\033[31m{line}\033[0m" if coloured else line)
     if not findings:
-        print("no findings: all is finite, every layer contributes, no router is saturated, no temperature is wild")
+        print("no findings: all is finite, and nothing is beyond the limits that --help names")
     result = for_json({
         "subject": "checkpoint", "path": str(it.path), "step": it.parts["step"], "text": windows.name, "tokens": tokens,
         "loss": loss, "layers": layers, "letters": letters, "taps": taps, "routers": routers,

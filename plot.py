@@ -1,9 +1,9 @@
 """Draw stored numbers: `python plot.py FILE_OR_RUN [...] [--out=PATH.png] [--x=steps|tokens|flops|seconds]`.
 
-- Runs, any number: folders with a log.jsonl, or the log files: training loss and validation bits per byte.
+- Runs, any number: folders with a log.jsonl, or the log files: training loss and validation bits per byte, over --x.
 - A JSON of bench.py or scaling.py: a chart for every table, in PATH_table.png where there are several.
 - compare.py's JSON, or its folder: validation over tokens, FLOPs and seconds, or over --x alone; a band from the best
-  to the worst seed.
+  to the worst seed. The points are the evaluations of the curve, on less text than the table's.
 - A checkpoint's health (diagnose.py checkpoint --json): the span of every head, and the convolutions' taps.
 - diagnose.py's JSON: of recall the accuracy by pairs and the steps to 99%, of stability every layer's gradient norm.
 It reads files and nothing else. matplotlib is not in requirements.txt: pip install matplotlib.
@@ -17,30 +17,28 @@ from importlib import import_module
 from pathlib import Path
 from statistics import fmean
 
-from configurator import AnyPath, UserError, build, cli, need, parse, usable_path
+from configurator import AnyPath, UserError, build, cli, need, need_file, parse, usable_path
 
 AXES = ("steps", "tokens", "flops", "seconds")
+COMPARED = AXES[1:]  # those of a comparison
 SCALING = ("ms_per_token", "routed_fraction", "recursing")
-NAMES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
+NAMES = {"steps": "steps", "tokens": "training tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
 MARKERS = "osD^v"  # of letters, of contestants
 # Told apart by those who see no red or no green, too (Okabe and Ito); first those of the letters
 COLOURS = {"A": "#000000", "G": "#56B4E9", "M": "#0072B2", "C": "#D55E00", "L": "#009E73"}
-MIXED = ("#E69F00", "#CC79A7", "#8B6914")
 MANY = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-SHALLOW, DEEP = (0.0, 0.45, 0.7), (0.9, 0.62, 0.0)  # red, green, blue of the first layer and of the last
 BARS = ("of_layer_1024", "ms", "step_mb")  # a bar's length: the first of these that a row has
 
 
 @dataclass(frozen=True)
 class PlotConfig:
     out: AnyPath = "plot.png"  # the picture's file
-    x: str = "steps"  # of runs: steps, tokens, flops or seconds
+    x: str = ""  # steps, tokens, flops or seconds; empty: steps of runs, the other three of a comparison
 
     def __post_init__(self):
-        need(self, "x", self.x in AXES, f"use {', '.join(AXES)}")
+        need(self, "x", self.x in ("", *AXES), f"use {', '.join(AXES)}")
         need(self, "out", self.out.endswith(".png"), "name a .png file")
-        need(self, "out", os.path.isdir(os.path.dirname(self.out) or "."), "its folder does not exist: make it first")
-        need(self, "out", not os.path.isdir(self.out), "it is a folder: name a file")
+        need_file(self, "out")
 
 
 def read(path: Path) -> str:
@@ -86,15 +84,20 @@ def read_run(path: Path, x: str) -> dict[str, tuple[list[float], list[float]]]:
     return curves
 
 
+def look(i: int) -> tuple[str, str]:
+    """Colour and line of the i-th of many."""
+    return MANY[i % len(MANY)], ("-", "--", ":")[i // len(MANY) % 3]
+
+
 def draw_runs(runs: dict[str, dict], x: str, figure) -> None:
     upper, lower = figure.subplots(2, sharex=True)
     for i, (name, curves) in enumerate(runs.items()):
-        colour = MANY[i % len(MANY)]
-        upper.plot(*curves["loss"], color=colour, label=name)
-        lower.plot(*curves["val_bpb"], color=colour, marker="o")
+        colour, line = look(i)
+        upper.plot(*curves["loss"], line, color=colour, label=name)
+        lower.plot(*curves["val_bpb"], line, color=colour, marker="o")
         lower.plot(*curves["final"], "*", color=colour, markersize=12)
     upper.set(ylabel="training loss, nats per token")
-    lower.set(xlabel=x, ylabel="validation, bits per byte (star: all of it)")
+    lower.set(xlabel=NAMES[x or "steps"], ylabel="validation, bits per byte (star: the end's)")
 
 
 def name_of(row: dict, keys: str) -> str:
@@ -138,15 +141,18 @@ def draw_bars(rows: list[dict], _: str, figure) -> None:
 
 def draw_compare(found: dict, x: str, figure) -> None:
     """A row of axes for each thing that is equal, a line for each contestant: the seeds' mean."""
-    places = AXES[1:] if x == "steps" else (x,)
+    places = (x,) if x else COMPARED
     rows = figure.subplots(len(found["bases"]), len(places), squeeze=False, sharey="row")
     for row, (basis, result) in zip(rows, found["bases"].items(), strict=True):
         row[0].set(ylabel=f"{found['measure']}, equal {basis}")
         for axes, place in zip(row, places, strict=True):
             axes.set(xlabel=NAMES[place])
             for i, (name, curve) in enumerate(result["curves"].items()):
-                colour, marker = MANY[i % len(MANY)], MARKERS[i % len(MARKERS)]
-                axes.plot(curve[place], list(map(fmean, curve["losses"])), color=colour, marker=marker, label=name)
+                (colour, line), marker = look(i), MARKERS[i % len(MARKERS)]
+                means = list(map(fmean, curve["losses"]))
+                axes.plot(curve[place], means, line, color=colour, marker=marker, label=name)
+                if len(result["curves"]) > len(MANY):  # bands would hide the lines
+                    continue
                 axes.fill_between(curve[place], list(map(min, curve["losses"])), list(map(max, curve["losses"])),
                                   color=colour, alpha=0.15, linewidth=0)  # fmt: skip
 
@@ -163,7 +169,7 @@ def draw_spans(rows: list[dict], _: str, figure) -> None:
                 places += [x + 0.8 * ((head + 0.5) / heads - 0.5) for head in range(heads)]
                 spans += row["span"]
                 ends += row["span90"]
-        colour = COLOURS.get(letter, MIXED[0])
+        colour = COLOURS[letter]
         axes.vlines(places, spans, ends, color=colour, alpha=0.4)
         axes.plot(places, spans, MARKERS[i % len(MARKERS)], color=colour, label=letter)
     axes.set_xticks(range(len(rows)), [row["layer"].removeprefix("blocks.") for row in rows])
@@ -197,37 +203,36 @@ def health_charts(found: dict) -> dict[str, tuple]:
 
 
 def draw_recall(found: dict, _: str, figure) -> None:
-    """A row of axes for each kind of text: lines over the pairs, or bars where all have one, and every seed's steps.
-    Fair forms are dashed, controls dotted and grey."""
+    """A row of axes for each kind of text, a row in them for each variant: accuracy by number of pairs, and every
+    seed's steps. Controls are grey."""
     tasks = dict.fromkeys(row["task"] for row in found["rows"])
-    names = dict.fromkeys(row["variant"] for row in found["rows"] if not row["control"])
-    colours = COLOURS | dict(zip([name for name in names if name.split()[0] not in COLOURS], MIXED, strict=False))
-    for (by_pairs, steps), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
+    for (accuracy, steps), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
         rows = [row for row in found["rows"] if row["task"] == task]
-        for i, row in enumerate(rows):
-            colour = "0.6" if row["control"] else colours.get(row["variant"].split()[0], "0.3")
-            line = ":" if row["control"] else "-"
-            if row["variant"].endswith(" fair"):
-                line = "--"
-            places, heights = list(row["accuracy"]), list(row["accuracy"].values())
-            if len(places) == 1:
-                by_pairs.barh(i, heights, color=colour)
-            else:
-                by_pairs.plot(places, heights, line, color=colour, marker=".", label=row["variant"])
-            reached = [n for n in row["steps_to_99"] if n is not None]
-            steps.plot(reached, [i] * len(reached), "o", color=colour)
-        if len(rows[0]["accuracy"]) == 1:
-            by_pairs.set(xlabel=f"{task}: accuracy, mean of the seeds", xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
-            by_pairs.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize="small")
-        else:
-            by_pairs.set(xlabel=f"{task}: pairs in a text", ylabel="accuracy, mean of the seeds", ylim=(-0.03, 1.03))
-        steps.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize="small")
-        steps.set(xlabel="steps to 99%, a dot for each seed that gets there")
-        steps.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.5))
+        numbers = list(rows[0]["accuracy"])
+        for y, row in enumerate(rows):
+            for i, number in enumerate(numbers):
+                colour, marker = "0.6" if row["control"] else MANY[i % len(MANY)], MARKERS[i % len(MARKERS)]
+                label = f"{number} pairs" if y == 0 and len(numbers) > 1 else None
+                accuracy.plot(row["accuracy"][number], y, marker, color=colour, label=label)
+            for i, reached in enumerate(row["steps_to_99"]):
+                if reached is not None:
+                    place = y + 0.5 * ((i + 0.5) / len(row["steps_to_99"]) - 0.5)  # seeds beside one another
+                    steps.plot(reached, place, ".", color=MANY[0])
+            if row["steps_to_99"].count(None) == len(row["steps_to_99"]):
+                steps.text(0, y, " none", va="center", color="0.4", fontsize="small")
+        for axes in (accuracy, steps):
+            axes.set_yticks(range(len(rows)), [row["variant"] for row in rows], fontsize="small")
+            axes.set(ylim=(len(rows) - 0.5, -0.5))
+            axes.grid(axis="x", color="0.9")
+        accuracy.set(xlabel=f"{task}: accuracy, mean of the seeds (grey: must fail)", xlim=(-0.03, 1.03))
+        steps.set(xlabel=f"{task}: steps to 99%, a dot for each seed that gets there", xlim=(0, None))
 
 
 def draw_stability(found: dict, _: str, figure) -> None:
-    """Columns are variants, rows are rates, lines are layers, from the first, blue, to the last, orange."""
+    """Columns are variants, rows are rates, lines are layers, from the first, dark, to the last, light."""
+    shades = import_module("matplotlib").colormaps["cividis"]
+    pattern = found["config"]["pattern"]
+    letters = [f", {pattern[i % len(pattern)]}" for i in range(found["config"]["n_layer"])]
     variants = dict.fromkeys(it["variant"] for it in found["runs"])
     rates = dict.fromkeys(it["rate"] for it in found["runs"])
     grid = figure.subplots(len(rates), len(variants), squeeze=False, sharex=True, sharey=True)
@@ -237,11 +242,9 @@ def draw_stability(found: dict, _: str, figure) -> None:
             run = next(it["runs"][0] for it in found["runs"] if (it["variant"], it["rate"]) == (variant, rate))
             layers = [name for name in run["norms"] if name.startswith("blocks.")]
             for i, name in enumerate(layers):
-                part = i / max(1, len(layers) - 1)
-                colour = tuple((1 - part) * a + part * b for a, b in zip(SHALLOW, DEEP, strict=True))
+                colour = shades(0.9 * i / max(1, len(layers) - 1))
                 norms = [math.nan if norm is None else norm for norm in run["norms"][name]]
-                axes.semilogy(run["steps"], norms, color=colour, label=f"layer {i}")
-            axes.axhline(1, color="0.6", linewidth=0.8)  # what `after` clips the whole gradient to
+                axes.semilogy(run["steps"], norms, color=colour, label=f"layer {i}{letters[i]}")
             axes.set(title=variant + (", diverged" if run["diverged"] else ""))
     for axes in grid[-1]:
         axes.set(xlabel="steps")
@@ -253,8 +256,9 @@ def charts_of(path: Path) -> dict[str, tuple]:
         found = json.loads(read(path))
         if found.get("subject") == "recall" and found["rows"]:
             return {"": (draw_recall, found, 1 + 4 * len({row["task"] for row in found["rows"]}))}
-        if found.get("subject") == "stability" and [it["runs"][0]["norms"] for it in found["runs"]]:
-            return {"": (draw_stability, found, 6)}
+        if found.get("subject") == "stability" and found["config"]["pattern"]:
+            if all(it["runs"][0]["norms"] for it in found["runs"]):
+                return {"": (draw_stability, found, 6)}
         if "bases" in found:
             return {"": (draw_compare, found, 1 + 3 * len(found["bases"]))}
         charts = health_charts(found) if found.get("subject") == "checkpoint" else {}
@@ -273,30 +277,36 @@ def charts_of(path: Path) -> dict[str, tuple]:
 
 
 def main(argv: list[str]) -> int:
-    words = [word for word in argv if word.startswith("-") or word.endswith(".toml")]
+    words = [word for word in argv if word.startswith("-")]
     if "" in argv:  # such as that of a variable which is not set
         raise UserError("'' is an empty path: name a run's folder, its log.jsonl or a JSON of tables")
     paths = [Path(usable_path(word, "")) for word in argv if word not in words]
-    (options,) = build(parse(words, PlotConfig, doc=__doc__), PlotConfig)
+    usage = "usage: python plot.py FILE_OR_RUN [...] [--key=value ...]"
+    (options,) = build(parse(words, PlotConfig, doc=f"{usage}\n\n{__doc__.strip()}"), PlotConfig)
     if not paths:
         raise UserError("nothing to draw: name runs, or a JSON of bench.py, scaling.py, compare.py or diagnose.py")
     paths = [path / "compare.json" if (path / "compare.json").exists() else path for path in paths]
     paths = [path / "log.jsonl" if path.is_dir() else path for path in paths]
     for path in paths:
         if not os.path.isfile(path):
-            raise UserError(f"{str(path)!r} does not exist: name a run's folder, its log.jsonl or a JSON of tables")
+            what = "is no file" if os.path.lexists(path) else "does not exist"
+            raise UserError(f"{str(path)!r} {what}: name a run's folder, its log.jsonl or a JSON of tables")
     tables = [path for path in paths if path.suffix == ".json"]
     if tables and len(paths) > 1:
         raise UserError(f"{str(paths[1])!r}: tables are drawn from one JSON at a time: leave it out")
     if tables:
         charts = charts_of(paths[0])
+        axes = COMPARED if [draw for draw, _, _ in charts.values()] == [draw_compare] else ()
+        if options.x and options.x not in axes:
+            remedy = f"use {', '.join(axes)}" if axes else "leave it out"
+            raise UserError(f"x={options.x!r}: {str(paths[0])!r} is not drawn over that: {remedy}")
     else:
         names = [path.parent.name for path in paths]
         runs = {}
         for path, name in zip(paths, names, strict=True):
             if not name or names.count(name) > 1:
                 name = str(path.parent if path.name == "log.jsonl" else path)
-            runs[name] = read_run(path, options.x)
+            runs[name] = read_run(path, options.x or "steps")
         charts = {"": (draw_runs, runs, 7)}
     try:
         Figure = import_module("matplotlib.figure").Figure

@@ -6,7 +6,8 @@ Fresh texts of two kinds at every step, an evaluation with a seed of its own, co
 - induction (arXiv:2209.11895): random tokens, a marker once inside and once at the end, which asks for the token that
   followed it.
 - Every letter plain and with what makes it a fair opponent (CCQA has that), mixes of two layers, the 8-layer pattern.
-  Each has the best of the same few learning rates, by one seed, and then its other seeds. All have one width, so that
+  Each has the best of the same few learning rates, by one seed (more of them where none reaches 99% and the best is at
+  an edge), and then its other seeds. All have one width, so that
   their parameters differ: the table has them.
 - Controls: one layer, a window that is too short, no attention at all: at the same rates, with one seed. A probe that
   one of these passes measures nothing, and the table says so.
@@ -40,10 +41,10 @@ import torch
 from torch import Tensor, nn
 
 from attention import KINDS
-from configurator import AnyPath, UserError, build, need, parse
+from configurator import AnyPath, UserError, build, need, need_file, parse
 from files import remedy, write_text
 from layers import IGNORE
-from machine import describe
+from machine import describe, total_memory
 from model import Hydra, HydraConfig
 from runs import clock
 from schedule import learning_rate_at
@@ -61,11 +62,13 @@ MIXES = ("MC", "CL")
 PATTERN = "MMCCCLML"
 READ = {"batch_size", "max_iters", "warmup_iters", "learning_rate", "min_lr_ratio", "weight_decay", "beta1", "beta2",
         "grad_clip", "schedule", "decay_ratio", "seed", "out_dir"}  # of TrainConfig, by recall
+UNREAD = {option.name for option in fields(TrainConfig)} - READ | {"pattern"}  # variants have their own
 EMBEDDING = 0.4  # standard deviation of the embedding at its start
 LARGE = 768  # width of the model whose matrices start as large for their width
 GAP_POWER = 0.01  # a of mqar's gaps, p(gap) ~ gap^(a - 1)
 TESTED = 256  # texts of an evaluation, for each number of pairs
 EVALUATION = 2**63  # a seed that no run can have
+FURTHEST = 6  # learning rates of a variant at most, with those that an edge has added
 SOLVED, ENOUGH = 0.99, 0.995  # accuracy: steps are counted to the one, a run ends at the other
 PUBLISHED = "published (arXiv:2312.04927): width 64 .. 512, texts of 64 .. 512 tokens, 4 .. 64 pairs, 8192 words"
 FAILED = 0.5  # a control is above this: the probe measures nothing
@@ -91,20 +94,28 @@ class RecallConfig:
         need(self, "tasks", set(self.tasks.split(",")) <= set(TASKS), f"use {', '.join(TASKS)}, with a comma between")
         numbers = [part.isascii() and part.isdigit() and 0 < int(part) < 2**31 for part in self.pairs.split(",")]
         need(self, "pairs", all(numbers), "give whole numbers above 0 with commas between, such as 2,4,8")
-        need(self, "json", Path(self.json).parent.is_dir(), "its folder does not exist: make it first")
+        need_file(self, "json")
 
     @property
     def numbers(self) -> list[int]:
         return sorted({int(part) for part in self.pairs.split(",")})
 
-    def check(self, config: HydraConfig) -> None:
-        """UserError where texts of this shape cannot hold the pairs."""
+    def check(self, task: str, config: HydraConfig) -> None:
+        """UserError where texts of this shape cannot be, or have too many words for the memory."""
         most = self.numbers[-1]
-        for name, size in (("block_size", config.block_size), ("vocab_size", (config.vocab_size - 2) * 2)):
-            asked = f"pairs={self.pairs!r}, {name}={getattr(config, name)}"
-            if size < 4 * most:
-                least = 4 * most if name == "block_size" else 2 * most + 2
-                raise UserError(f"{asked}: {most} pairs need {name} to be {least} or more: change one")
+        asked, what = f"pairs={self.pairs!r}, ", f"{most} pairs need"
+        least = {"block_size": 4 * most, "vocab_size": 2 * most + 2}
+        if task == "induction":
+            asked, what, least = "", "induction needs", {"block_size": 4, "vocab_size": 4}
+        for name, number in least.items():
+            value = getattr(config, name)
+            if value < number:
+                raise UserError(f"{asked}{name}={value}: {what} {name} to be {number} or more: change one")
+        scores = 4 * TESTED * config.block_size * config.vocab_size  # bytes of the logits of an evaluation
+        room = total_memory(torch.device("cpu"))
+        if scores > room:
+            raise UserError(f"vocab_size={config.vocab_size}, block_size={config.block_size}: an evaluation needs "
+                            f"{scores / 1e9:,.1f} GB, of which there are {room / 1e9:,.1f}: lower one")  # fmt: skip
 
 
 # ---- texts
@@ -280,7 +291,8 @@ def train_probe(probe: Probe, steps: int = 0) -> dict:
 
 class Results:
     """The file of a subject: what is measured (`settings`), with what, and the runs that have ended, by their keys.
-    UserError where the file that is there is of other settings."""
+    Where it goes on, it keeps saying when and with what it began. UserError where the file that is there is of other
+    settings."""
 
     def __init__(self, path: Path, subject: str, settings: dict, head: dict):
         self.path = path
@@ -291,6 +303,7 @@ class Results:
                 return
             earlier = json.loads(path.read_text(encoding="utf-8"))
             self.content["runs"] = dict(earlier["runs"])
+            self.content |= {name: earlier[name] for name in head if name in earlier}
         except OSError as error:
             raise UserError(f"json={str(path)!r}: {error.strerror}: {remedy(error)}") from error
         except (ValueError, TypeError, KeyError):
@@ -378,6 +391,11 @@ class Progress:
         self.ahead = ahead  # seconds of those that are missing, at most
         self.done = self.taken = 0.0  # of those that were made: expected and true seconds
 
+    def expect(self, seconds: float) -> None:
+        """One run more."""
+        self.expected += 1
+        self.ahead += seconds
+
     def make(self, orders: list[Order], text: Callable[[dict], str]) -> list[dict]:
         """What all of these have found, made where they have not ended."""
         runs = self.results.content["runs"]
@@ -389,7 +407,8 @@ class Progress:
             self.ahead -= order.seconds
             self.done += order.seconds
             self.taken += found["seconds"]
-            left = clock(self.ahead * self.taken / self.done / self.jobs)
+            pace = self.taken / self.done if self.done else 0.0  # not known of what seemed to be no more
+            left = clock(max(0.0, self.ahead) * pace / self.jobs)
             print(f"{self.ended:3d} of {self.expected} | {order.key} | {text(found)} | {found['seconds']:.0f} s | "
                   f"ETA {left}", flush=True)  # fmt: skip
         return [runs[order.key] for order in orders]
@@ -397,14 +416,14 @@ class Progress:
 
 # ---- recall
 
-def split_options(argv: list[str], kind: type, read: set[str], subject: str, doc: str) -> tuple[dict, dict]:
-    """What files and options give of models and runs, and of the subject's own options, a `kind`. UserError for an
-    option that the subject does not `read`; what a file has besides is for the file's other uses."""
+def split_options(argv: list[str], kind: type, base: dict, unread: set[str], subject: str,
+                  doc: str) -> tuple[dict, dict]:  # fmt: skip
+    """What files and options give of models and runs, and of the subject's own options, a `kind`; `base` are its
+    defaults. UserError for an option that it leaves `unread`; what a file has besides is for the file's other uses."""
     kinds = HydraConfig, TrainConfig, kind
     usage = f"usage: python diagnose.py {subject} [config/x.toml ...] [--key=value ...]"
-    given = parse(argv, *kinds, doc=f"{usage}\n\n{doc.strip()}")
+    given = parse(argv, *kinds, doc=f"{usage}\n\n{doc.strip()}", base=base, unread=unread)
     typed = parse([word for word in argv if not word.endswith(".toml") or word.startswith("-")], *kinds)
-    unread = {field.name for field in fields(TrainConfig)} - read
     if unread & typed.keys():
         raise UserError(f"--{min(unread & typed.keys())}: {subject} does not read it: leave it out")
     own = {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
@@ -416,20 +435,30 @@ def chosen_probes(given: dict, options: RecallConfig) -> list[Probe]:
     names = {field.name for field in fields(HydraConfig)}
     shape = {name: value for name, value in given.items() if name in names}
     (run,) = build({name: value for name, value in given.items() if name not in names}, TrainConfig, base=RUN)
+    need(run, "max_iters", run.max_iters >= 1, "nothing would be trained: ask for more")
     asked = set(filter(None, options.variants.split(",")))
     found = []
     for task in options.tasks.split(","):
         for variant in variants_of(task):
             if not asked or variant.name in asked:
                 (config,) = build(SHAPE | TASKS[task] | shape | variant.changes, HydraConfig)
+                options.check(task, config)
                 found.append(Probe(task, variant, config, run, options))
-        if task == "mqar":
-            options.check(config)
     unknown = asked - {probe.variant.name for probe in found}
     if unknown:
-        known = dict.fromkeys(variant.name for task in TASKS for variant in variants_of(task))
+        known = dict.fromkeys(variant.name for task in options.tasks.split(",") for variant in variants_of(task))
         raise UserError(f"variants: {min(unknown)!r} is none of {options.tasks}: use {', '.join(known)}")
     return found
+
+
+def further(probes: list[Probe], found: list[dict]) -> float | None:
+    """Another rate to try of a variant that reaches 99% at none of these, where the best one is at their edge."""
+    rates = sorted(probe.run.learning_rate for probe in probes)
+    best = best_of(probes, found).run.learning_rate
+    solved = any(run["steps_to_99"] for run in found)
+    if solved or probes[0].variant.control or not 1 < len(rates) < FURTHEST or rates[0] < best < rates[-1]:
+        return None
+    return best / 2 if best == rates[0] else 2 * best
 
 
 def orders_of(probes: list[Probe], seconds: dict[str, float]) -> list[Order]:
@@ -498,7 +527,13 @@ def measure_recall(probes: list[Probe], options: RecallConfig, results: Results)
           f"at most, as a step takes here; a run ends at {100 * ENOUGH:g}%", flush=True)  # fmt: skip
     searched = [[probe.at(rate, first.seed) for rate in rates] for probe in probes]
     found = iter(progress.make(orders_of([probe for several in searched for probe in several], seconds), said))
-    best = [best_of(several, [next(found) for _ in several]) for several in searched]
+    losses = [[next(found) for _ in several] for several in searched]
+    for several, of_rates in zip(searched, losses, strict=True):
+        while rate := further(several, of_rates):
+            several.append(several[0].at(rate, first.seed))
+            progress.expect(seconds[several[0].name])
+            of_rates += progress.make(orders_of(several[-1:], seconds), said)
+    best = [best_of(several, of_rates) for several, of_rates in zip(searched, losses, strict=True)]
     final = [[probe.at(probe.run.learning_rate, seed) for seed in seeds[probe.name]] for probe in best]
     progress.ended -= len(best)  # their first seeds have been counted
     found = iter(progress.make(orders_of([probe for several in final for probe in several], seconds), said))
@@ -513,7 +548,7 @@ def said(found: dict) -> str:
 
 def main(argv: list[str]) -> int:
     """`diagnose.py recall` -> its exit code."""
-    given, own = split_options(argv, RecallConfig, READ, "recall", __doc__)
+    given, own = split_options(argv, RecallConfig, SHAPE | TASKS["mqar"] | RUN, UNREAD, "recall", __doc__)
     (options,) = build(own, RecallConfig)
     probes = chosen_probes(given, options)
     run = probes[0].run

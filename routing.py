@@ -79,7 +79,9 @@ class Router(nn.Module):
 
 
 class RandomRouter(nn.Module):
-    """The control: no parameter, no auxiliary loss, and scores that hang on the position alone."""
+    """The control: no parameter, no auxiliary loss, and scores that hang on the position alone. Training selects the
+    best of a window, as many as of a learned one; by the sign it is as many on average. All that is selected passes
+    with a gate of 1."""
 
     aux_weight = 0.0
 

@@ -18,13 +18,13 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
 
-from configurator import AnyPath, build, need, to_toml
+from configurator import AnyPath, build, need, need_file, to_toml
 from data import token_bytes
 from files import write_text
 from model import Hydra, HydraConfig
@@ -56,7 +56,7 @@ class StabilityConfig:
         for name in ("seeds", "jobs"):
             need(self, name, getattr(self, name) >= 1, "it must be at least 1")
         need(self, "high", 1 < self.high <= 1e6, "choose a factor above 1 and at most a million")
-        need(self, "json", Path(self.json).parent.is_dir(), "its folder does not exist: make it first")
+        need_file(self, "json")
 
 
 def variants() -> dict[str, dict]:
@@ -155,11 +155,13 @@ def stability_table(rows: list[dict]) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     """`diagnose.py stability` -> its exit code."""
-    read = {field.name for field in fields(TrainConfig)} - UNREAD
-    given, own = split_options(argv, StabilityConfig, read, "stability", __doc__)
+    given, own = split_options(argv, StabilityConfig, SHAPE | RUN, UNREAD, "stability", __doc__)
     (options,) = build(own, StabilityConfig)
     trials = trials_of(given, options)
     every = [trial for seeds in trials.values() for trial in seeds]
+    usual = every[0].run
+    need(usual, "learning_rate", usual.learning_rate > 0, "there is nothing to be high beside: set one")
+    need(usual, "max_iters", planned_steps(every[0].config, usual) > 0, "nothing would be trained: ask for more")
     out = Path((RUN | given)["out_dir"])
     jobs = min(options.jobs, cores())
     torch.set_num_threads(1)  # as the runs have it

@@ -526,7 +526,7 @@ def run_training(argv: list[str], session: runs.Session) -> int:
         progress.step += 1
         if machine.compiled and step == first_step:
             progress.seconds -= time.perf_counter() - start  # of compilation, which are added with this line's steps
-        if step > 0 and progress.step % run.log_interval > 0:
+        if step > 0 and progress.step % run.log_interval > 0 and progress.step < in_all:
             continue
         taken = len(steps)
         numbers, routing = runs.settle(steps, run, progress, log)

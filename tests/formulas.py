@@ -48,7 +48,9 @@ def layer_tokens(c: HydraConfig, T: int) -> list[tuple[str, int]]:
 
 
 def router_count(c: HydraConfig) -> tuple[int, int]:
-    """Routers of blocks, and of recursions."""
+    """Routers with a vector, of blocks and of recursions."""
+    if c.router == "random":
+        return 0, 0
     return (c.n_layer // 2 if c.mod_capacity else 0), c.mor_recursions - 1
 
 
@@ -111,7 +113,7 @@ def attention_flops(c: HydraConfig, letter: str, T: int) -> float:
 def router_flops(c: HydraConfig, T: int) -> int:
     """Of all routers' scores for one text: two a number of each vector and token."""
     candidates = recursion_tokens(c, T)
-    return 2 * c.dim * (sum(candidates[:-1]) + router_count(c)[0] * sum(candidates))
+    return 2 * c.dim * (sum(candidates[:-1]) * bool(router_count(c)[1]) + router_count(c)[0] * sum(candidates))
 
 
 def flops_per_token(c: HydraConfig, T: int) -> float:

@@ -47,6 +47,14 @@ def architectures(draw) -> HydraConfig:
         rope_theta=draw(st.sampled_from([1.0, 100.0, 10000.0])),
         mod_capacity=draw(st.sampled_from([0.0, 0.0, 0.25, 0.6, 1.0])),
         mor_recursions=draw(st.sampled_from([1, 1, 2, 3])),
+        router=draw(st.sampled_from(["learned", "learned", "random"])),
+        qk_norm=draw(st.booleans()),
+        short_conv=draw(st.sampled_from([0, 0, 2, 4])),
+        rope_fraction=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        alpha=draw(st.sampled_from(["fixed", "one", "learned"])),
+        ccqa_norm=draw(st.booleans()),
+        pre_out_norm=draw(st.booleans()),
+        k_temperature=draw(st.booleans()),
     )  # fmt: skip
     try:
         return HydraConfig(**shape)

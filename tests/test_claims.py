@@ -62,6 +62,7 @@ STORED = {
                 "bases": {"tokens": {"rows": [
                     {"contestant": "mha", "verdict": "reference"},
                     {"contestant": "hybrid", "difference": -0.0123, "low": -0.02, "high": -0.004, "verdict": "better"},
+                    {"contestant": "same", "difference": 0.1, "low": -1.0, "high": 1.0, "verdict": "not resolved"},
                     {"contestant": "lost", "difference": None, "low": None, "verdict": "not resolved"}]}}},
     "others": {"command": "python compare.py", "measure": "bits/byte", "reference": "c", "bases": {"flops": {"rows": [
         {"contestant": "d", "difference": 0.5, "low": 0.4, "high": 0.6, "verdict": "worse"}]}},
@@ -70,9 +71,11 @@ STORED = {
         {"task": "mqar", "variant": "A", "control": False, "accuracy": {"4": 1.0, "16": 0.75}, "verdict": "it does"},
         {"task": "mqar", "variant": "one", "control": True, "accuracy": {"4": 0.5, "16": 0.01}, "verdict": "fails"},
         {"task": "copy", "variant": "C", "control": False, "accuracy": {"8": 0.25}, "verdict": "it does not"}]},
-    "stability": {"subject": "stability", "rows": [{"variant": "before", "rate": 0.01, "loss": 3.5,
-                                                    "clipped": 0.25, "median_norm": 2.0},
-                                                   {"variant": "after", "loss": None, "clipped": 1.0}]},
+    "stability": {"subject": "stability", "config": {"log_layers": 10}, "rows": [
+        {"variant": "before", "rate": 0.01, "loss": 3.5, "diverged": 0, "clipped": 0.25, "median_norm": 2.0,
+         "largest_norm": 7.0},
+        {"variant": "after", "rate": 0.01, "loss": None, "diverged": 1, "clipped": 1.0, "median_norm": 3.0,
+         "largest_norm": None}]},
     "speed": {"cpu": "a CPU", "gpu": None, "tables": {"speed": [
         {"level": "attention", "mix": "C", "B": 1, "T": 256, "dtype": "float32", "mode": "eager", "ms": 1.25},
         {"level": "attention", "mix": "C", "B": 4, "T": 512, "dtype": "float32", "mode": "eager", "ms": 9.0},
@@ -92,16 +95,17 @@ def results(tmp_path):
     return tmp_path
 
 
-LEARNED = "held-out bits/byte against mha at equal tokens: hybrid -0.0123 [-0.0200, -0.0040] better"
+LEARNED = "held-out bits/byte against mha at equal tokens: better: hybrid -0.012 [-0.020, -0.004]; not resolved: same"
 SHAKEN = "python diagnose.py stability, see results/stability.json"
+TENTH = " (norms of every 10th step)"
 TIMED = "python bench.py speed, see results/speed.json"
 
 
 @pytest.mark.parametrize("claim, words, command", [
     ('"Learning improvement"', LEARNED, "python compare.py a.toml b.toml"),
-    ('"Macro-block', "before at rate 0.01: loss 3.5; after: ", SHAKEN),
-    ('"Exploding', "before at rate 0.01: clipped 0.25; after: clipped 1", SHAKEN),
-    ('"Gradient flow', "before at rate 0.01: median_norm 2; after: ", SHAKEN),
+    ('"Macro-block', "loss at rate 0.01: before 3.5; diverged at rate 0.01: before 0, after 1", SHAKEN),
+    ('"Exploding', "largest norm at rate 0.01: before 7; clipped at rate 0.01: before 0.25, after 1" + TENTH, SHAKEN),
+    ('"Gradient flow', "median norm at rate 0.01: before 2, after 3" + TENTH, SHAKEN),
     ("Speed of CCGQA", "ms at 256 tokens on a CPU: attention C float32 1.25", TIMED),
     ("Speed of macro", "ms at 256 tokens on a CPU: macro MC float32 7.50", TIMED),
     ("Scaling", "scale_1 (scaling): routed_fraction 0.5", "python scaling.py, see results/scaling.json"),

@@ -462,6 +462,7 @@ def test_processes_save_when_the_comparison_is_stopped(signum):
     (["a.toml", "--out_dir=text.txt/x"], "out_dir='text.txt/x': Not a directory: choose a folder"),
     (["a.toml", "--out_dir=run"], "out_dir='run' holds a run of train.py"), (["a.toml", "--sedes=3"], "you mean seed"),
     (["a.toml", "--max_tokens=9", "--max_flops=9"], "one of them can end a run"),
+    (["a.toml", "--json=."], "json='.': it is no file"), (["a.toml", "--against=b"], "it is for stored comparisons"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(args, words, made):
     write(Path("a.toml"))
@@ -481,6 +482,12 @@ def test_what_is_no_stored_comparison(content):
     words = "'x.json' is no JSON of a comparison" if content is not None else "'x.json' cannot be read: No such file"
     with pytest.raises(UserError, match=words):
         compare.main(["x.json"])
+
+
+@pytest.mark.parametrize("args", [["x.json", "--foo"], ["x.json", "a.toml"], ["a.toml", "x.json"]])
+def test_a_stored_comparison_takes_nothing_else(args):
+    with pytest.raises(UserError, match=": stored comparisons take nothing but --against=CONTESTANT: leave it out"):
+        compare.main(args)
 
 
 def test_it_starts_its_own_processes(made, monkeypatch):

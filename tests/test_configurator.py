@@ -494,6 +494,13 @@ def test_help(argv, capsys):
         assert f"  {option} " in out
 
 
+def test_help_has_the_program_s_own_defaults_and_keys(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], Shape, Run, base={"dim": 7, "other": 1}, unread={"learning_rate"})
+    out = capsys.readouterr().out
+    assert "--dim=7" in out and "--learning_rate" not in out and "--compile=false" in out and "other" not in out
+
+
 def test_help_of_repeated_options(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"], Several)

@@ -104,11 +104,30 @@ def test_what_is_wrong_is_named(trained, tmp_path, capsys, change, what, where):
     """With its value and the reason; a large first channel makes what layers add small, which is another finding."""
     printed, found = look(capsys, changed(trained, tmp_path, change))
     finding = next(one for one in found["findings"] if one["what"] == what and where in one["where"])
-    assert finding["reason"] and f"{what}: {finding['where']} = " in printed
+    assert finding["reason"] and f"{what}: {finding['where']}{':' if what == 'not finite' else ' = '}" in printed
     others = {one["what"] for one in found["findings"]} - {what}
     assert not others or what == "saturated router" and others == {"dead layer"}
     if what == "saturated router":
         assert finding["value"] in (0.0, 1.0) and finding["value"] == (change.sign > 0)
+
+
+def test_a_router_that_hardly_chooses_is_saturated():
+    """Less than a tenth of what it should select, or of what it should leave; not one that is merely off."""
+    model = Hydra(HydraConfig(vocab_size=64, block_size=8, dim=32, n_head=2, n_kv_head=1, n_layer=1))
+    patient = health.Patient(Path("it"), {}, model, TrainConfig(), None, [])
+    for part, bad in ((0.02, True), (0.03, False), (0.9, False), (0.93, True), (0.0, True), (1.0, True)):
+        router = {"router": "block 1", "capacity": 0.25, "candidates": 1000, "selected": part}
+        assert bool(health.findings_of(patient, [], [router], 1.0)) == bad, part
+
+
+def test_a_dead_block_is_few_findings(trained, tmp_path, capsys):
+    def kill(weights: dict[str, torch.Tensor]) -> None:
+        for name in weights:
+            if name.startswith("blocks.0."):
+                weights[name].zero_()
+
+    found = look(capsys, changed(trained, tmp_path, kill))[1]["findings"]
+    assert [one["what"] for one in found] == ["dead layer"] * len(found) and len(found) <= 3
 
 
 def test_a_text_too_short_to_tell_is_no_finding(trained, tmp_path, capsys):
@@ -337,7 +356,7 @@ def test_the_loss_is_that_of_an_evaluation(trained, capsys):
     (["OUT", "--window=3"], "did you mean windows"), (["OUT", "--windows=0"], "windows=0: it must be at least 1"),
     (["OUT", "--text=a"], "1 tokens have nothing to look back at"), (["OUT", "--text=a", "--text_file=b"], "give one"),
     (["OUT", "--text_file=/no/such"], "text_file='/no/such': No such file"), (["OUT/log.jsonl"], "is no checkpoint of"),
-    (["OUT", "--json=/no/such/x.json"], "its folder does not exist"), (["OUT", "--json=OUT"], "it is a folder"),
+    (["OUT", "--json=/no/such/x.json"], "its folder does not exist"), (["OUT", "--json=OUT"], "it is no file"),
 ])  # fmt: skip
 def test_what_cannot_be_looked_at_is_one_line(trained, tmp_path, args, words):
     (tmp_path / "empty").mkdir()

@@ -164,6 +164,7 @@ def numbers(path):
 
 
 def test_recall_goes_on_where_it_stopped(capsys, monkeypatch):
+    monkeypatch.setattr(probes, "FURTHEST", 2)  # rates
     args = ["recall", *FAST, "--variants=A,one layer"]
     assert diagnose.main([*args, "--json=whole.json"]) == 0
     out = capsys.readouterr().out
@@ -225,9 +226,18 @@ def test_recall_in_processes_finds_the_same():
     (["recall", "--pairs=4", "--vocab_size=8"], "vocab_size=8: 4 pairs need vocab_size to be 10"),
     (["recall", "--tasks=copy"], "tasks='copy': use mqar, induction"),
     (["recall", "--variants=A,B"], "variants: 'B' is none of mqar,induction: use A, A fair"),
+    (["recall", "--variants=no"], "variants: 'no' is none of mqar,induct"), (["recall", "--json=."], "it is no file"),
+    (["recall", "--variants=window 8", "--tasks=mqar"], "variants: 'window 8' is none of mqar: use A, A fair"),
+    (["recall", "--pattern=G"], "--pattern: recall does not read it"), (["stability", "--json=."], "it is no file"),
     (["recall", "--data=x.txt"], "--data: recall does not read it"), (["recall", "--seeds=0"], "seeds=0"),
     (["recall", "--json=no/such.json"], "its folder does not exist"), (["recall", "--sedes=1"], "unknown key"),
     (["stability", "--high=1"], "high=1.0: choose a factor above 1"),
+    (["recall", "--max_iters=0"], "max_iters=0: nothing would be trained"),
+    (["recall", "--tasks=induction", "--block_size=2"], "block_size=2: induction needs block_size to be 4"),
+    (["recall", "--tasks=induction", "--vocab_size=1"], "vocab_size=1: induction needs vocab_size to be 4"),
+    (["recall", "--tasks=induction", "--vocab_size=3000000000"], "an evaluation needs 98,304.0 GB, of which there"),
+    (["stability", "--max_iters=0"], "max_iters=0: nothing would be trained"),
+    (["stability", "--learning_rate=0"], "learning_rate=0.0: there is nothing to be high beside"),
     (["stability", "--profile=3"], "--profile: stability does not read it"),
 ])  # fmt: skip
 def test_errors_are_one_line(args, words):
@@ -252,6 +262,55 @@ def test_help_names_the_subjects(capsys):
         diagnose.main(["recall", "--help"])
     out = capsys.readouterr().out
     assert "--pairs=" in out and out.startswith("usage: python diagnose.py recall [config/x.toml ...]")
+    assert all(f"--{key}" in out for key in ("dim=64", "max_iters=1000", 'out_dir="out_recall"')) and (
+        "--pattern" not in out and "--resume" not in out)  # fmt: skip
+    with pytest.raises(SystemExit):
+        diagnose.main(["checkpoint", "--help"])
+    assert capsys.readouterr().out.startswith("usage: python diagnose.py checkpoint PATH [--key=value ...]")
+
+
+def test_another_rate_is_tried_where_none_solves_it_and_the_best_is_at_an_edge():
+    several = [probe(A).at(rate, 0) for rate in (1e-3, 2e-3, 4e-3)]
+
+    def runs(*accuracies, solved=None):
+        return [{"steps_to_99": solved, "accuracy": {"2": accuracy}} for accuracy in accuracies]
+
+    for found, rate in ((runs(0.1, 0.2, 0.3), 8e-3), (runs(0.3, 0.2, 0.1), 5e-4), (runs(0.1, 0.3, 0.2), None),
+                        (runs(0.1, 0.2, 0.3, solved=7), None)):  # fmt: skip
+        assert probes.further(several, found) == rate
+    one = [it._replace(variant=probes.variants_of("mqar")[-1]) for it in several]
+    assert probes.further(one, runs(0.1, 0.2, 0.3)) is None  # a control
+    more = several + [probe(A).at(rate, 0) for rate in (8e-3, 16e-3, 32e-3)]
+    assert probes.further(more, runs(*range(6))) is None
+
+
+def test_an_extended_search_is_measured_and_goes_on(capsys):
+    args = ["recall", *FAST, "--variants=A", "--tasks=mqar", "--json=x.json", "--seeds=1"]
+    assert diagnose.main(args) == 0
+    first = json.loads(Path("x.json").read_text())
+    rates = {run["rate"] for run in first["runs"].values()}
+    best = first["rows"][0]["rate"]
+    assert len(rates) == probes.FURTHEST or min(rates) < best < max(rates)
+    capsys.readouterr()
+    assert diagnose.main([*args[:-1], "--seeds=2"]) == 0  # one run more, and it says when it began
+    second = json.loads(Path("x.json").read_text())
+    assert len(second["runs"]) == len(first["runs"]) + 1 and second["rows"][0]["rate"] == best
+    assert (second["date"], second["command"]) == (first["date"], first["command"])
+
+
+def test_the_accuracy_is_of_texts_that_no_run_trains_on(monkeypatch):
+    """Every text of an evaluation has the evaluation's own seed."""
+    seeds, real = [], probes.texts
+    monkeypatch.setattr(probes, "texts", lambda *args: seeds.append(args[5:]) or real(*args))
+    train_probe(probe(A, pairs="1,2", max_iters=3, seed=5))
+    tested = [seed for seed, step in seeds if step == 0]
+    assert tested == [EVALUATION] * 2 and {seed for seed, step in seeds if step > 0} == {5}
+
+
+def test_a_variant_of_one_task_is_probed_alone():
+    options = probes.RecallConfig(variants="window 8,C")
+    assert [(it.task, it.variant.name) for it in probes.chosen_probes({}, options)] == [
+        ("mqar", "C"), ("induction", "C"), ("induction", "window 8")]  # fmt: skip
 
 
 # ---- stability
@@ -340,7 +399,8 @@ def recall_result():
 
 def stability_result():
     run = {"diverged": True, "steps": [1, 2], "norms": {"embed": [1, 2], "blocks.0": [1.0, None], "blocks.1": [2, 3]}}
-    return {"subject": "stability", "runs": [{"variant": name, "rate": rate, "runs": [run]}
+    config = {"pattern": "MC", "n_layer": 2}
+    return {"subject": "stability", "config": config, "runs": [{"variant": name, "rate": rate, "runs": [run]}
                                              for name in ("before", "after") for rate in (0.1, 1.0)]}  # fmt: skip
 
 
@@ -359,8 +419,13 @@ def test_results_are_drawn(result, pixels, axes, monkeypatch):
     assert plot.main(["x.json", "--out=x.png"]) == 0
     assert size(Path("x.png")) == pixels and image.imread("x.png").std() > 0.05
     assert len(drawn[0].axes) == axes
-    labels = [line.get_label() for line in drawn[0].axes[0].lines]
-    assert labels[:2] == (["A", "A fair"] if result is recall_result else ["layer 0", "layer 1"])
-    if result is recall_result:
-        assert [list(line.get_ydata()) for line in drawn[0].axes[0].lines] == [[1.0, 0.5]] * 4
-        assert [list(line.get_xdata()) for line in drawn[0].axes[1].lines] == [[100]] * 4
+    left, right = drawn[0].axes[:2]
+    labels = [line.get_label() for line in left.lines]
+    assert labels[:2] == (["2 pairs", "4 pairs"] if result is recall_result else ["layer 0, M", "layer 1, C"])
+    if result is recall_result:  # a mark for each number of pairs, a dot for each seed, a row for each variant
+        assert [(*line.get_xdata(), *line.get_ydata()) for line in left.lines] == [
+            (x, y) for y in range(4) for x in (1.0, 0.5)]  # fmt: skip
+        assert [list(line.get_xdata()) for line in right.lines] == [[100]] * 4
+        names = ["A", "A fair", "MC", "one layer"]
+        assert all([text.get_text() for text in axes.get_yticklabels()] == names for axes in (left, right))
+        assert not right.texts and "mqar" in left.get_xlabel() and "induction" in drawn[0].axes[3].get_xlabel()

@@ -407,7 +407,8 @@ def test_times_are_means_since_the_last_line_and_of_this_run(tmp_path, monkeypat
 
 def test_the_clipped_fraction_is_of_the_steps_since_the_last_line(tmp_path):
     train.main(options(tmp_path, "run", max_iters=7, log_interval=3, grad_clip=1e-6))
-    assert [(r["step"], r["clipped"]) for r in step_records(tmp_path / "run")] == [(1, 1), (3, 1), (6, 1)]
+    steps = step_records(tmp_path / "run")
+    assert [(r["step"], r["clipped"]) for r in steps] == [(1, 1), (3, 1), (6, 1), (7, 1)]  # the last one, too
 
 
 def test_a_part_of_the_steps_is_clipped(tmp_path, monkeypatch):
@@ -422,7 +423,7 @@ def test_a_part_of_the_steps_is_clipped(tmp_path, monkeypatch):
     clipped = [r["clipped"] for r in step_records(tmp_path / "fine")]
     assert set(clipped) == {0, 1}
     assert clipped[1:5] != [1] * 4 and sum(clipped[1:5]) > 0, norms
-    assert [r["clipped"] for r in step_records(tmp_path / "coarse")] == [clipped[0], sum(clipped[1:5]) / 4]
+    assert [r["clipped"] for r in step_records(tmp_path / "coarse")] == [clipped[0], sum(clipped[1:5]) / 4, clipped[5]]
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
         assert train.main(options(tmp_path, "broken", grad_clip=bound, log_interval=5, **keys)) == 130
