@@ -142,6 +142,42 @@ def test_the_minimum_of_a_parabola_over_log_rate():
     assert compare.best_rate({1e-3: 1.0, 2e-3: 1.5, 4e-3: 1.2}) == 1e-3
 
 
+# ---- contestants and their runs
+
+
+def contest_of(*argv: str) -> compare.Contest:
+    options, given, entrants = compare.configure(["--data=text.txt", *argv])
+    return compare.Contest(options, given, entrants, Path("out_compare"), 1)
+
+
+def test_rates_are_tried_with_runs_as_long_as_those_of_the_seeds():
+    contest = contest_of(write(Path("a.toml"), max_iters=40, warmup_iters=10))
+    it = contest.first
+    tried, (run, *_) = contest.rate_trial(it, 1).run, contest.seed_trials(it, "tokens", 1.0)
+    assert (tried.max_iters, tried.warmup_iters) == (run.run.max_iters, run.run.warmup_iters) == (40, 10)
+
+
+def test_the_warmup_keeps_its_part_of_a_run_that_seconds_end():
+    contest = contest_of(write(Path("a.toml"), max_iters=40, warmup_iters=10), "--equal=seconds", "--max_seconds=6")
+    run = contest.seed_trials(contest.first, "seconds", 1.0, 6.0, 0.5)[0].run
+    assert (run.max_seconds, run.warmup_iters, run.max_iters) == (6.0, 3, 12)
+
+
+def test_an_edge_of_the_rates_is_told():
+    contest = contest_of(write(Path("a.toml")), "--seeds=5")
+    rows = {"tokens": [{"tokens_per_parameter": 9.0, "diverged": 0}]}
+    assert list(compare.remarks(contest, {"a": {1.0: 3.0, 2.0: 2.0, 4.0: 3.0}}, rows)) == []
+    (note,) = compare.remarks(contest, {"a": {1.0: 3.0, 2.0: 2.0, 4.0: 1.0}}, rows)
+    assert note.startswith("a: the lowest loss is at 4, an edge of the rates")
+
+
+def test_what_diverged_is_no_part_of_a_curve():
+    it = contest_of(write(Path("a.toml"))).first
+    good = [compare.Outcome(1.0, 2.0, 2, [(1, 1.0, 3.0 + i), (2, 2.0, 1.0 + i)]) for i in range(2)]
+    bad = compare.Outcome(None, 1.0, 1, [(1, 1.0, 9.0), (2, 2.0, 9.0)])
+    assert compare.curves_of(it, [*good, bad])["losses"] == [[3.0, 4.0], [1.0, 2.0]]
+
+
 # ---- whole comparisons
 
 

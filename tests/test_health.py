@@ -111,6 +111,25 @@ def test_what_is_wrong_is_named(trained, tmp_path, capsys, change, what, where):
         assert finding["value"] in (0.0, 1.0) and finding["value"] == (change.sign > 0)
 
 
+def test_what_a_layer_adds_is_what_its_scale_lets_through():
+    """By letter, one, or learned."""
+    shape = dict(vocab_size=64, block_size=8, dim=32, n_head=2, n_kv_head=1, n_layer=1, pattern="L")
+    idx = torch.randint(64, (1, 8))
+
+    def added(alpha: str, scale: float = 1.0) -> float:
+        """The square of what attention adds."""
+        torch.manual_seed(0)
+        model = Hydra(HydraConfig(**shape, alpha=alpha))
+        for name, p in model.named_parameters():
+            if name.endswith("layer_scale"):
+                p.data.fill_(scale)
+        patient = health.Patient(Path("it"), {}, model, TrainConfig(), None, [])
+        return health.watch(patient, health.Windows("it", [(idx, idx)], None, 0))[0].layers[0].squares["attention"]
+
+    assert added("one") == pytest.approx(4 * added("fixed")) == pytest.approx(added("learned"))
+    assert added("learned", 2.0) == pytest.approx(4 * added("learned"))
+
+
 def test_a_router_that_hardly_chooses_is_saturated():
     """Less than a tenth of what it should select, or of what it should leave; not one that is merely off."""
     model = Hydra(HydraConfig(vocab_size=64, block_size=8, dim=32, n_head=2, n_kv_head=1, n_layer=1))
