@@ -260,7 +260,7 @@ class Probe(NamedTuple):
 
 
 def train_probe(probe: Probe, steps: int = 0) -> dict:
-    """A run, to its end or for so many steps."""
+    """A run, to its end or, to time it, for so many steps."""
     run, config = probe.run, probe.config
     model = probe_model(config, probe.variant.blind, run.seed)
     optimizer = make_optimizer(model, run)

@@ -109,7 +109,7 @@ def test_attention_solves_it_and_what_must_fail_fails(task):
         assert variant.control
         if variant.name.startswith("window"):
             variant = variant._replace(changes=variant.changes | {"window": 2})
-        found = train_probe(probe(variant, task), steps)
+        found = train_probe(probe(variant, task, max_iters=steps))
         assert max(found["accuracy"].values()) < 0.7, variant.name
 
 
