@@ -26,8 +26,8 @@ USAGE = "usage: python diagnose.py report [--key=value ...]"
 LENGTHS = (512, 1024, 8192)  # tokens, at which FLOPs are compared
 AT = " / ".join(map(str, LENGTHS))
 COUNTED = "python diagnose.py report"
-RECALL = "python diagnose.py recall --json=results/recall.json"
-STABILITY = "python diagnose.py stability --json=results/stability.json"
+RECALL = "python diagnose.py recall"
+STABILITY = "python diagnose.py stability"
 LEARNING = ("python compare.py config/learning/mha_both.toml config/learning/hybrid.toml config/learning/ccqa.toml "
             "--json=results/letters.json")  # fmt: skip
 SPEED = "python bench.py speed --json=results/speed.json"
