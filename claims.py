@@ -7,7 +7,7 @@ The last line is one JSON object; with --markdown there is the table alone.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -97,7 +97,7 @@ def table_rows(it: Stored, table: str) -> list[dict]:
     return [row for row in rows if "left_out" not in row and "failed" not in row]
 
 
-def numbers_of(row: dict, keys: Sequence[str]) -> str:
+def numbers_of(row: dict, keys: list[str]) -> str:
     return ", ".join(f"{key} {row[key]:.4g}" for key in keys if isinstance(row.get(key), (int, float)))
 
 

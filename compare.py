@@ -332,9 +332,9 @@ def seed_outcomes(contest: Contest, team: Team, basis: str, rates: dict[str, flo
     seconds, paces = 0.0, dict.fromkeys(rates, 0.0)
     if basis == "seconds":
         seconds = seconds_of_first(contest, team, rates[contest.first.name])
-    if basis == "seconds" and contest.options.rates:
-        made = team.make([contest.rate_trial(it, 0) for it in contest.entrants])
-        paces = {it.name: one.seconds / one.steps for it, one in zip(contest.entrants, made, strict=True)}
+        if contest.options.rates:
+            made = team.make([contest.rate_trial(it, 0) for it in contest.entrants])
+            paces = {it.name: one.seconds / one.steps for it, one in zip(contest.entrants, made, strict=True)}
     trials = [contest.seed_trials(it, basis, rates[it.name], seconds, paces[it.name]) for it in contest.entrants]
     made = team.make([trial for of_a_seed in zip(*trials, strict=True) for trial in of_a_seed])
     return {it.name: made[i :: len(trials)] for i, it in enumerate(contest.entrants)}
@@ -431,13 +431,15 @@ def set_against(found: dict, name: str) -> None:
 
 def print_stored(argv: list[str]) -> int:
     """Markdown of comparisons' JSON files."""
-    against = ""
+    against, paths = "", []
     for word in argv:
         if word.startswith("--against="):
             against = word.partition("=")[2]
         elif word.startswith("-") or not word.endswith(".json"):
             raise UserError(f"{word!r}: stored comparisons take nothing but --against=CONTESTANT: leave it out")
-    for path in filter(lambda word: not word.startswith("-"), argv):
+        else:
+            paths.append(word)
+    for path in paths:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             if against:

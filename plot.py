@@ -261,8 +261,11 @@ def charts_of(path: Path) -> dict[str, tuple]:
                 return {"": (draw_stability, found, 6)}
         if "bases" in found:
             return {"": (draw_compare, found, 1 + 3 * len(found["bases"]))}
-        charts = health_charts(found) if found.get("subject") == "checkpoint" else {}
-        tables = {} if found.get("subject") == "checkpoint" else found["tables"]
+        charts, tables = {}, {}
+        if found.get("subject") == "checkpoint":
+            charts = health_charts(found)
+        else:
+            tables = found["tables"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{str(path)!r} is no JSON of bench.py, scaling.py, compare.py or diagnose.py with rows: give "
                         "one, or runs") from None  # fmt: skip

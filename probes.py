@@ -7,8 +7,7 @@ Fresh texts of two kinds at every step, an evaluation with a seed of its own, co
   followed it.
 - Every letter plain and with what makes it a fair opponent (CCQA has that), mixes of two layers, the 8-layer pattern.
   Each has the best of the same few learning rates, by one seed (more of them where none reaches 99% and the best is at
-  an edge), and then its other seeds. All have one width, so that
-  their parameters differ: the table has them.
+  an edge), and then its other seeds. All have one width, so that their parameters differ: the table has them.
 - Controls: one layer, a window that is too short, no attention at all: at the same rates, with one seed. A probe that
   one of these passes measures nothing, and the table says so.
 The published protocol has two layers, width 64 .. 512, no MLP, texts of 64 .. 512 tokens with 4 .. 64 pairs, 8192 words
@@ -527,13 +526,13 @@ def measure_recall(probes: list[Probe], options: RecallConfig, results: Results)
           f"at most, as a step takes here; a run ends at {100 * ENOUGH:g}%", flush=True)  # fmt: skip
     searched = [[probe.at(rate, first.seed) for rate in rates] for probe in probes]
     found = iter(progress.make(orders_of([probe for several in searched for probe in several], seconds), said))
-    losses = [[next(found) for _ in several] for several in searched]
-    for several, of_rates in zip(searched, losses, strict=True):
+    tried = [[next(found) for _ in several] for several in searched]
+    for several, of_rates in zip(searched, tried, strict=True):
         while rate := further(several, of_rates):
             several.append(several[0].at(rate, first.seed))
             progress.expect(seconds[several[0].name])
             of_rates += progress.make(orders_of(several[-1:], seconds), said)
-    best = [best_of(several, of_rates) for several, of_rates in zip(searched, losses, strict=True)]
+    best = [best_of(several, of_rates) for several, of_rates in zip(searched, tried, strict=True)]
     final = [[probe.at(probe.run.learning_rate, seed) for seed in seeds[probe.name]] for probe in best]
     progress.ended -= len(best)  # their first seeds have been counted
     found = iter(progress.make(orders_of([probe for several in final for probe in several], seconds), said))
