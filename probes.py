@@ -26,11 +26,11 @@ import shlex
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -222,6 +222,15 @@ def accuracy(model: Hydra, batch: Texts) -> float:
     return (logits.argmax(-1)[asked] == answers[asked]).float().mean().item()
 
 
+def is_poor(model: Hydra, batch: Texts) -> bool:
+    """Its accuracy is below 99%, which a quarter of the texts can show: when more answers of those are wrong than may
+    be of all."""
+    idx, answers = batch
+    few = -(-len(idx) // 4)
+    wrong = (1 - accuracy(model, (idx[:few], answers[:few]))) * few / len(idx)
+    return wrong > 1 - SOLVED or accuracy(model, batch) < SOLVED
+
+
 class Probe(NamedTuple):
     """A run of recall."""
 
@@ -258,28 +267,44 @@ class Probe(NamedTuple):
         return torch.cat(idx), torch.cat(answers)
 
 
-def train_probe(probe: Probe, steps: int = 0) -> dict:
-    """A run, to its end or, to time it, for so many steps."""
-    run, config = probe.run, probe.config
-    model = probe_model(config, probe.variant.blind, run.seed)
+def steps_of(probe: Probe) -> Iterator[Hydra]:
+    """Its model after every step of a run."""
+    run = probe.run
+    model = probe_model(probe.config, probe.variant.blind, run.seed)
     optimizer = make_optimizer(model, run)
     autocast = torch.autocast("cpu", enabled=False)
-    tests = {pairs: probe.texts(TESTED, pairs, EVALUATION, 0) for pairs in probe.numbers}
-    solved, found = None, {}
-    began = time.perf_counter()
-    for step in range(1, (steps or run.max_iters) + 1):
+    for step in range(1, run.max_iters + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step - 1, run, run.max_iters)
         train_step(model, optimizer, [probe.batch(step)], run.grad_clip, autocast)
-        if step % probe.options.check_every and step < run.max_iters:
-            continue
-        if step < run.max_iters and accuracy(model, tests[probe.numbers[-1]]) < SOLVED:
+        yield model
+
+
+def seconds_of_run(probe: Probe) -> float:
+    """At most, as a step takes that is not the first."""
+    steps = steps_of(probe._replace(run=replace(probe.run, max_iters=5)))
+    next(steps)
+    began = time.perf_counter()
+    for _ in steps:
+        pass
+    return (time.perf_counter() - began) / 4 * probe.run.max_iters
+
+
+def train_probe(probe: Probe, until: int = 0) -> dict:
+    """A run; one that has not reached 99% by the step `until`, if there is one, has lost."""
+    run = probe.run
+    tests = {pairs: probe.texts(TESTED, pairs, EVALUATION, 0) for pairs in probe.numbers}
+    solved = None
+    began = time.perf_counter()
+    for step, model in enumerate(steps_of(probe), 1):
+        last = step == run.max_iters or step == until and not solved
+        if not last and (step % probe.options.check_every or is_poor(model, tests[probe.numbers[-1]])):
             continue  # the most pairs are enough to know
         found = {str(pairs): accuracy(model, test) for pairs, test in tests.items()}
         worst = min(found.values())
         if solved is None and worst >= SOLVED:
             solved = step
-        if worst >= ENOUGH:
+        if worst >= ENOUGH or last and not solved:
             break
     return {"task": probe.task, "variant": probe.variant.name, "rate": run.learning_rate, "seed": run.seed,
             "accuracy": found, "steps_to_99": solved, "steps": step,
@@ -340,12 +365,11 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def work(answer: Connection, make: Callable[[], dict]) -> None:
-    """In a process of its own, which a Ctrl-C of the terminal leaves to the parent."""
+def settle() -> None:
+    """A process that makes runs: one thread, and a Ctrl-C of the terminal is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    answer.send(make())
 
 
 def made(orders: list[Order], jobs: int) -> Iterator[tuple[Order, dict]]:
@@ -355,30 +379,18 @@ def made(orders: list[Order], jobs: int) -> Iterator[tuple[Order, dict]]:
             yield order, order.make()
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "probes"])  # else every run would import them
-    waiting = deque(orders)
-    busy: dict[Connection, tuple] = {}
-    try:
-        while waiting or busy:
-            while waiting and len(busy) < jobs:
-                order = waiting.popleft()
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=work, args=(theirs, order.make), daemon=True)
-                process.start()
-                theirs.close()
-                busy[ours] = order, process
-            for answer in wait(list(busy)):
-                order, process = busy.pop(answer)
-                try:
-                    found = answer.recv()
-                except EOFError:
-                    problem = f"{order.key}: its process was killed or failed: the same command goes on"
-                    raise UserError(problem) from None
-                process.join()
-                yield order, found
-    finally:
-        for _, process in busy.values():
-            process.kill()
+    context.set_forkserver_preload(["torch._dynamo", "probes"])  # which the optimizer imports; seconds for each process
+    with ProcessPoolExecutor(jobs, context, settle) as pool:
+        asked = {pool.submit(order.make): order for order in orders}
+        try:
+            for run in as_completed(asked):
+                yield asked[run], run.result()
+        except BrokenProcessPool:
+            problem = f"{asked[run].key}: its process was killed or failed: the same command goes on"
+            raise UserError(problem) from None
+        finally:
+            for process in multiprocessing.active_children():  # else the pool would wait for what they are in
+                process.kill()
 
 
 class Progress:
@@ -450,27 +462,23 @@ def chosen_probes(given: dict, options: RecallConfig) -> list[Probe]:
     return found
 
 
-def further(probes: list[Probe], found: list[dict]) -> float | None:
+def further(probes: list[Probe], found: dict[str, dict]) -> float | None:
     """Another rate to try of a variant that reaches 99% at none of these, where the best one is at their edge."""
     rates = sorted(probe.run.learning_rate for probe in probes)
     best = best_of(probes, found).run.learning_rate
-    solved = any(run["steps_to_99"] for run in found)
+    solved = any(found[probe.key]["steps_to_99"] for probe in probes)
     if solved or probes[0].variant.control or not 1 < len(rates) < FURTHEST or rates[0] < best < rates[-1]:
         return None
     return best / 2 if best == rates[0] else 2 * best
 
 
-def orders_of(probes: list[Probe], seconds: dict[str, float]) -> list[Order]:
-    return [Order(probe.key, partial(train_probe, probe), seconds[probe.name]) for probe in probes]
-
-
-def best_of(probes: list[Probe], found: list[dict]) -> Probe:
+def best_of(probes: list[Probe], found: dict[str, dict]) -> Probe:
     """The one with the fewest steps to 99%, or, where none gets there, with the highest accuracy."""
-    def merit(i: int) -> tuple:
-        steps = found[i]["steps_to_99"]
-        return steps is not None, -(steps or 0), fmean(found[i]["accuracy"].values())
+    def merit(probe: Probe) -> tuple:
+        steps = found[probe.key]["steps_to_99"]
+        return steps is not None, -(steps or 0), fmean(found[probe.key]["accuracy"].values())
 
-    return probes[max(range(len(probes)), key=merit)]
+    return max(probes, key=merit)
 
 
 def row_of(probe: Probe, found: list[dict]) -> dict:
@@ -515,28 +523,31 @@ def measure_recall(probes: list[Probe], options: RecallConfig, results: Results)
     seconds, ahead = {}, 0.0
     for probe in probes:
         missing = wanted[probe.name] - sum(key.startswith(f"{probe.name} |") for key in results.content["runs"])
-        seconds[probe.name] = 0.0
-        if missing > 0:
-            train_probe(probe, 1)
-            trial = train_probe(probe, 4)
-            seconds[probe.name] = trial["seconds"] / trial["steps"] * first.max_iters
-            ahead += missing * seconds[probe.name]
+        seconds[probe.name] = seconds_of_run(probe) if missing > 0 else 0.0
+        ahead += max(0, missing) * seconds[probe.name]
     progress = Progress(results, jobs, sum(wanted.values()), ahead)
     print(f"{progress.expected} runs of up to {first.max_iters} steps, {jobs} at a time: {ahead / jobs / 60:.1f} min "
           f"at most, as a step takes here; a run ends at {100 * ENOUGH:g}%", flush=True)  # fmt: skip
-    searched = [[probe.at(rate, first.seed) for rate in rates] for probe in probes]
-    found = iter(progress.make(orders_of([probe for several in searched for probe in several], seconds), said))
-    tried = [[next(found) for _ in several] for several in searched]
-    for several, of_rates in zip(searched, tried, strict=True):
-        while rate := further(several, of_rates):
+
+    def make(wanted: list[Probe], until: dict[str, int]) -> dict[str, dict]:
+        orders = [Order(it.key, partial(train_probe, it, until.get(it.name, 0)), seconds[it.name]) for it in wanted]
+        return dict(zip((it.key for it in wanted), progress.make(orders, said), strict=True))
+
+    found = make([it.at(rates[middle], first.seed) for it in probes], {})
+    # any other rate has to be as fast
+    until = {it.name: found[it.at(rates[middle], first.seed).key]["steps_to_99"] or 0 for it in probes}
+    found |= make([it.at(rate, first.seed) for it in probes for rate in rates if rate != rates[middle]], until)
+    tried = {it.name: [it.at(rate, first.seed) for rate in rates] for it in probes}
+    while edges := [(several, rate) for several in tried.values() if (rate := further(several, found))]:
+        for several, rate in edges:
             several.append(several[0].at(rate, first.seed))
             progress.expect(seconds[several[0].name])
-            of_rates += progress.make(orders_of(several[-1:], seconds), said)
-    best = [best_of(several, of_rates) for several, of_rates in zip(searched, tried, strict=True)]
-    final = [[probe.at(probe.run.learning_rate, seed) for seed in seeds[probe.name]] for probe in best]
-    progress.ended -= len(best)  # their first seeds have been counted
-    found = iter(progress.make(orders_of([probe for several in final for probe in several], seconds), said))
-    return [row_of(several[0], [next(found) for _ in several]) for several in final]
+        found |= make([several[-1] for several, _ in edges], {})
+    best = {name: best_of(several, found).run.learning_rate for name, several in tried.items()}
+    final = [[it.at(best[it.name], seed) for seed in seeds[it.name]] for it in probes]
+    progress.ended -= len(final)  # their first seeds have been counted
+    found |= make([it for several in final for it in several], {})
+    return [row_of(several[0], [found[it.key] for it in several]) for several in final]
 
 
 def said(found: dict) -> str:

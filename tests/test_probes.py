@@ -2,9 +2,12 @@
 measurement that was stopped goes on. Everything at a minute size."""
 
 import json
+import multiprocessing
+import os
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -138,10 +141,52 @@ def test_the_best_rate_is_the_fastest_or_else_the_most_accurate():
     def run(steps, accuracy):
         return {"steps_to_99": steps, "accuracy": {"1": accuracy}}
 
-    several = ["a", "b", "c"]
-    assert probes.best_of(several, [run(None, 0.98), run(300, 0.99), run(200, 0.99)]) == "c"
-    assert probes.best_of(several, [run(None, 0.98), run(300, 0.99), run(None, 0.97)]) == "b"
-    assert probes.best_of(several, [run(None, 0.5), run(None, 0.9), run(None, 0.6)]) == "b"
+    several = [probe(A, learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3)]
+    for runs, rate in [((run(None, 0.98), run(300, 0.99), run(200, 0.99)), 4e-3),
+                       ((run(None, 0.98), run(300, 0.99), run(None, 0.97)), 2e-3),
+                       ((run(None, 0.5), run(None, 0.9), run(None, 0.6)), 2e-3)]:  # fmt: skip
+        found = dict(zip((it.key for it in several), runs, strict=True))
+        assert probes.best_of(several, found).run.learning_rate == rate
+
+
+def test_a_rate_that_is_slower_than_another_is_given_up(monkeypatch):
+    """At the step at which the other one had reached 99%; one that has reached it by then goes on as if alone."""
+    for seen, steps in [([0.5, 0.5, 0.98], 6), ([0.5, 0.99, 0.99, 0.995], 8)]:
+        seen = iter(seen)
+        monkeypatch.setattr(probes, "is_poor", lambda model, test: False)
+        monkeypatch.setattr(probes, "accuracy", lambda model, test, seen=seen: next(seen))
+        it = probe(A, max_iters=20)
+        it = it._replace(options=replace(it.options, check_every=2))
+        assert train_probe(it, until=6)["steps"] == steps
+    calls = []
+
+    def fake(it, until=0):
+        calls.append((it.variant.name, it.run.learning_rate, it.run.seed, until))
+        steps = 10 if it.variant.name == "A" else None
+        return {"task": "mqar", "accuracy": {"1": 1.0, "2": 1.0}, "steps_to_99": steps, "steps": 4, "seconds": 1.0}
+
+    monkeypatch.setattr(probes, "train_probe", fake)
+    diagnose.main(["recall", *FAST, "--rates=3", "--tasks=mqar", "--variants=A,G", "--seeds=1"])
+    assert calls[:6] == [("A", 2e-3, 1337, 0), ("G", 2e-3, 1337, 0), ("A", 1e-3, 1337, 10), ("A", 4e-3, 1337, 10),
+                         ("G", 1e-3, 1337, 0), ("G", 4e-3, 1337, 0)]  # fmt: skip
+
+
+def test_a_quarter_of_the_texts_can_show_that_a_model_is_poor(monkeypatch):
+    """As all of them would say, with fewer forwards where it is clear."""
+    looked = []
+
+    def counted(model, batch):
+        looked.append(len(batch[0]))
+        return batch[1].double().mean().item()
+
+    monkeypatch.setattr(probes, "accuracy", counted)
+    for wrong_there, wrong_elsewhere, poor, looks in [
+            (0, 1, False, [50, 200]), (2, 0, False, [50, 200]), (1, 2, True, [50, 200]), (3, 0, True, [50])]:
+        looked.clear()
+        answers = torch.ones(200, 1)
+        answers[:wrong_there] = answers[100 : 100 + wrong_elsewhere] = 0
+        assert probes.is_poor(None, (torch.zeros(200, 1), answers)) == poor == (counted(0, (answers,) * 2) < 0.99)
+        assert looked[:-1] == looks
 
 
 def test_every_letter_is_probed_plain_and_fair():
@@ -175,11 +220,11 @@ def test_recall_goes_on_where_it_stopped(capsys, monkeypatch):
     assert "texts of 8 tokens, 16 words, width 16" in out and "8192 words" in out  # ours and the published
     real, calls = probes.train_probe, []
 
-    def interrupted(it, steps=0):
-        calls.append(steps)
-        if calls.count(0) == 8:
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 8:
             raise KeyboardInterrupt
-        return real(it, steps)
+        return real(*args)
 
     monkeypatch.setattr(probes, "train_probe", interrupted)
     assert diagnose.main([*args, "--json=parts.json"]) == 130
@@ -197,12 +242,13 @@ def test_recall_goes_on_where_it_stopped(capsys, monkeypatch):
 def test_a_run_ends_when_all_numbers_of_pairs_are_solved(monkeypatch):
     """The most pairs are looked at first; the end has every number's accuracy, in the order of the numbers."""
     # step 2: the most pairs fail; step 4: they pass, others do not; step 6: all pass
-    seen = iter([0.5, 0.99, 0.9, 0.99, 1.0, 1.0, 1.0])
+    poor, seen = iter([True, False, False]), iter([0.9, 0.99, 1.0, 1.0])
+    monkeypatch.setattr(probes, "is_poor", lambda model, test: next(poor))
     monkeypatch.setattr(probes, "accuracy", lambda model, test: next(seen))
     it = probe(A, pairs="1,2", max_iters=20)
     found = train_probe(it._replace(options=replace(it.options, check_every=2)))
     assert found["steps_to_99"] == found["steps"] == 6 and found["accuracy"] == {"1": 1.0, "2": 1.0}
-    seen = iter([0.25, 0.75, 0.5])
+    poor, seen = iter([True]), iter([0.75, 0.5])
     monkeypatch.setattr(probes, "accuracy", lambda model, test: next(seen))
     it = probe(A, pairs="1,2", max_iters=4)
     found = train_probe(it._replace(options=replace(it.options, check_every=2)))
@@ -216,6 +262,9 @@ def test_recall_in_processes_finds_the_same():
     diagnose.main([*args, "--json=two.json", "--jobs=2"])
     one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
     assert one["rows"] == two["rows"] and one["runs"].keys() == two["runs"].keys()
+    with pytest.raises(UserError, match="x | rate 1: its process was killed or failed: the same command goes on"):
+        list(probes.made([probes.Order("x | rate 1", partial(os._exit, 9), 1.0)] * 3, 2))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("args, words", [
@@ -272,16 +321,16 @@ def test_help_names_the_subjects(capsys):
 def test_another_rate_is_tried_where_none_solves_it_and_the_best_is_at_an_edge():
     several = [probe(A).at(rate, 0) for rate in (1e-3, 2e-3, 4e-3)]
 
-    def runs(*accuracies, solved=None):
-        return [{"steps_to_99": solved, "accuracy": {"2": accuracy}} for accuracy in accuracies]
+    def further(several, accuracies, solved=None):
+        runs = [{"steps_to_99": solved, "accuracy": {"2": accuracy}} for accuracy in accuracies]
+        return probes.further(several, dict(zip((it.key for it in several), runs, strict=True)))
 
-    for found, rate in ((runs(0.1, 0.2, 0.3), 8e-3), (runs(0.3, 0.2, 0.1), 5e-4), (runs(0.1, 0.3, 0.2), None),
-                        (runs(0.1, 0.2, 0.3, solved=7), None)):  # fmt: skip
-        assert probes.further(several, found) == rate
-    one = [it._replace(variant=probes.variants_of("mqar")[-1]) for it in several]
-    assert probes.further(one, runs(0.1, 0.2, 0.3)) is None  # a control
+    assert further(several, (0.1, 0.2, 0.3)) == 8e-3 and further(several, (0.3, 0.2, 0.1)) == 5e-4
+    assert further(several, (0.1, 0.3, 0.2)) is further(several, (0.1, 0.2, 0.3), solved=7) is None
+    control = [it._replace(variant=probes.variants_of("mqar")[-1]) for it in several]
+    assert further(control, (0.1, 0.2, 0.3)) is None
     more = several + [probe(A).at(rate, 0) for rate in (8e-3, 16e-3, 32e-3)]
-    assert probes.further(more, runs(*range(6))) is None
+    assert further(more, range(6)) is None
 
 
 def test_an_extended_search_is_measured_and_goes_on(capsys):
