@@ -394,7 +394,8 @@ class RunLog:
         return 1
 
     def final(self, record: dict, batches: int, seconds: float, sampling: str) -> None:
-        """The number to compare, of so many `batches`, 0 = all; and the command that samples the run, if there is."""
+        """The number to compare, of so many `batches`, 0 = all; and the command that samples the run, if there is.
+        Behind them the record itself, one JSON object, for programs."""
         self.write("final", record | {"final": True})
         part = f"{batches} batches of the" if batches else "whole"
         text = f"{part} validation split: {losses(record)}; "
@@ -402,6 +403,7 @@ class RunLog:
         if sampling:
             text += f"; sample it with: {sampling}"
         self.say(text)
+        self.say(json.dumps(for_json(record), allow_nan=False))
 
     def step(self, steps: float, record: dict, routing: dict[str, float]) -> None:
         """A step of `steps` in all, which seconds make an expectation."""

@@ -4,6 +4,7 @@
 - Steps, tokens, training FLOPs or seconds end a run; the learning rate follows how much of it is done: linear warmup,
   then a cosine, or wsd: constant and, for the last part, linear (arXiv:2404.06395).
 - OUT_DIR gets config.toml, log.jsonl (a header, then a JSON object a line), last.pt and best.pt, each whole or absent.
+- The last line of output is one JSON object: the number to compare, over the whole validation split.
 - Ctrl-C, SIGTERM, SIGHUP and a reader that goes away save and leave, SIGUSR1 saves and goes on; --resume goes on from
   last.pt, bit for bit on a CPU, --resume=PATH from another checkpoint.
 - Routed models (routing.py) train with their auxiliary losses added; `loss` in the log is the language model's alone.

@@ -350,6 +350,7 @@ def test_the_log_has_what_the_line_says(finished):
                   "attention C: sdpa (", "); CCQA, ", "dim = 32", "whole validation split: ",
                   f"step     5 | validation {evaluations[-2]['val_loss']:.4f} nats/token"):  # fmt: skip
         assert words in finished.printed, words
+    assert json.loads(finished.printed.splitlines()[-1]) | {"kind": "final", "final": True} == evaluations[-1]
     stored = tomllib.loads((finished.out / "config.toml").read_text())
     assert stored["dim"] == 32 and stored["max_iters"] == 5
 
