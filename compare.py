@@ -13,7 +13,7 @@ Each file is a contestant, options hold for all of them; the first one is what t
 - The runs are train.py's, in OUT_DIR/CONTESTANT/.. (trials.py): a comparison that was stopped goes on where it was. A
   file that is named twice is two contestants.
 The last line is one JSON object; OUT_DIR/compare.json has the learning curves too, for plot.py, and
-`python compare.py STORED.json .. [--against=CONTESTANT]` prints the tables of such files in Markdown.
+`python compare.py STORED .. [--against=CONTESTANT]` prints the tables of such files, or folders, in Markdown.
 Left out: corrections for many comparisons, contestants on different texts.
 """
 
@@ -408,7 +408,8 @@ def markdown(found: dict) -> Iterator[str]:
             lines.append([row["contestant"], f"{row['rate']:.3g}", f"{row['tokens_per_parameter']:.2g}",
                           f"{row['flops']:.3g}", f"{row['state_bytes_per_token']:,.0f}", mean, against, p,
                           row["verdict"]])  # fmt: skip
-        yield f"Equal {basis}, {found['measure']} on {found['validation_tokens']:,} tokens, {row['runs']} seeds:"
+        seeds = "1 seed" if row["runs"] == 1 else f"{row['runs']} seeds"
+        yield f"Equal {basis}, {found['measure']} on {found['validation_tokens']:,} tokens, {seeds}:"
         yield ""
         yield "| " + " | ".join(lines[0]) + " |"
         yield "|---" * len(lines[0]) + "|"
@@ -429,29 +430,37 @@ def set_against(found: dict, name: str) -> None:
     found["reference"] = name
 
 
+def stored(word: str) -> Path | None:
+    """The file of a comparison that a word names, itself or by its folder."""
+    if word.startswith("-"):
+        return None
+    inside = Path(word, "compare.json")
+    return Path(word) if word.endswith(".json") else inside if inside.exists() else None
+
+
 def print_stored(argv: list[str]) -> int:
     """Markdown of comparisons' JSON files."""
     against, paths = "", []
     for word in argv:
         if word.startswith("--against="):
             against = word.partition("=")[2]
-        elif word.startswith("-") or not word.endswith(".json"):
+        elif (path := stored(word)) is None:
             raise UserError(f"{word!r}: stored comparisons take nothing but --against=CONTESTANT: leave it out")
         else:
-            paths.append(word)
+            paths.append(path)
     for path in paths:
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
             if against:
                 set_against(found, against)
             lines = [f"`{found['command']}` ({found['date'][:10]})", "", *markdown(found)]
         except UserError:
             raise
         except OSError as error:
-            raise UserError(f"{path!r} cannot be read: {error.strerror}: give a readable file") from None
+            raise UserError(f"{str(path)!r} cannot be read: {error.strerror}: give a readable file") from None
         except (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError,
                 ValueError) as error:  # fmt: skip
-            raise UserError(f"{path!r} is no JSON of a comparison: name a compare.json") from error
+            raise UserError(f"{str(path)!r} is no JSON of a comparison: name a compare.json") from error
         print("\n".join(lines))
     return 0
 
@@ -519,7 +528,7 @@ def contend(contest: Contest, team: Team) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    if any(word.endswith(".json") and not word.startswith("-") for word in argv):
+    if any(map(stored, argv)):
         return print_stored(argv)
     options, given, entrants = configure(argv)
     out = Path((OWN | given)["out_dir"])

@@ -261,12 +261,12 @@ def test_a_stored_comparison_is_printed_in_markdown(made, capsys):
     result = run(*files, "--seeds=3", "--rates=0", "--equal=tokens,flops")
     made.clear()
     capsys.readouterr()
-    assert compare.main(["out_compare/compare.json", "out_compare/compare.json"]) == 0
+    assert compare.main(["out_compare/compare.json", "out_compare"]) == 0  # by its file and by its folder
     assert not made
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert lines[0].startswith("`python compare.py --data=text.txt --jobs=1")
-    assert out.count("Equal flops, bits/byte") == 2
+    assert out.count("Equal flops, bits/byte") == 2 and out.count(" tokens, 3 seeds:") == 4
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| b ")]
     assert len(rows) == 4
     row = result["bases"]["tokens"]["rows"][1]
