@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch._inductor.config
 
-# A shell that starts the tests in the background leaves them, and the processes that they start, deaf to Ctrl-C.
+# A shell that starts the tests in the background leaves them, and the processes that they start, deaf to Ctrl-C, and
+# nohup to a terminal that goes away.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)
 torch._inductor.config.fx_graph_cache = False
 

@@ -274,6 +274,7 @@ def test_a_plan_is_what_torch_allocates(pattern, changes, how):
     assert history[-1]["copies"] == 0 and history[-1]["activations"] + history[-1]["backward"] < 2**14 < kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern, changes, dtype", [
     (ALL, {}, torch.bfloat16), ("MC", {"mod_capacity": 0.5, "mor_recursions": 2, "n_layer": 2}, torch.float32),
 ], ids=str)  # fmt: skip

@@ -113,6 +113,7 @@ def test_turns_are_interleaved_after_one_that_is_not_counted():
 # ---- the tables
 
 
+@pytest.mark.slow
 def test_speed_has_every_subject_in_every_precision(run):
     result = run("speed", "--only=eager")
     rows = result["tables"]["speed"]
@@ -148,6 +149,7 @@ def test_compiled_rows_have_their_compilation_apart(quick):
     assert all(r["compile_s"] > 20 * r["ms"] / 1e3 for r in rows if r["mode"] == "compiled")
 
 
+@pytest.mark.slow
 def test_length_has_every_letter_at_every_length(run):
     rows = run("length", "--only=eager")["tables"]["length"]
     check(rows)
@@ -265,6 +267,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_sees_what_is_allocated_there():
     torch.ones(300 * 2**18)  # this process's peak is not the child's
     few, many = (bench.in_child(bench.peak_of, Allocation, n) for n in (8, 208))
@@ -280,6 +283,7 @@ def test_a_killed_process_is_a_row_left_out(run, monkeypatch):
     assert [row["mix"] for row in rows if "killed" in row["left_out"]] == ["shape"]
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_are_listed_with_the_reason(run, monkeypatch, capsys):
     monkeypatch.setattr(bench, "free_memory", lambda device: 1e3)
     monkeypatch.setattr(bench, "step_bytes", lambda *_: (1e4, 1e4))  # its plan has its own tests
@@ -306,6 +310,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(contestants, "compile_decoding", lambda model: None)
 
 
+@pytest.mark.slow
 def test_decode_measures_every_dtype_and_batch(run, uncompiled):
     rows = run("decode", "--pattern=M")["tables"]["decode"]
     ways = [("decode", "compiled"), ("prefill", "eager"), ("uncached", "eager"), ("ours", "eager"), ("MHA", "eager")]
@@ -340,6 +345,7 @@ def test_decode_has_compiled_rows_alone(run, uncompiled):
     assert [(r["mix"], r["mode"], r["B"]) for r in rows] == [("decode", "compiled", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks", ["reorder", "capabilities"])
 def test_decode_works_where_weights_cannot_be_packed(breaks, run, uncompiled, monkeypatch, capsys):
     def refuse(*_):
@@ -422,6 +428,7 @@ def test_flops_of_a_prefill_have_one_head():
     assert found == pytest.approx(2 * (64 * (flops_per_token(config, 64) - head) + head))
 
 
+@pytest.mark.slow
 def test_routing_sets_times_next_to_flops(run, monkeypatch):
     monkeypatch.setattr(bench, "ROUTED_T", 64)
     rows = run("routing", "--n_layer=6")["tables"]["routing"]
@@ -465,6 +472,7 @@ def test_a_given_routing_is_set_against_its_dense_shape(run, tmp_path):
         assert row["flops_x_first"] == pytest.approx(routed / dense) and routed < dense
 
 
+@pytest.mark.slow
 def test_zaya_is_called_as_ours_and_timed_in_turns(run):
     pytest.importorskip("transformers", reason="a development-only comparison: pip install transformers")
     assert import_module("transformers.models.zaya.modeling_zaya")

@@ -218,6 +218,7 @@ class Mute(GQA):
         return 0 * super().forward(x_BTD, ctx, state)
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_is_resolved_as_worse(made, monkeypatch):
     monkeypatch.setitem(KINDS, "Z", KINDS["A"]._replace(make=lambda c: Mute(c, c.n_head)))
     files = [write(Path("a.toml"), pattern="C", compression=1), write(Path("z.toml"), pattern="Z")]
@@ -311,6 +312,7 @@ def test_runs_whose_seconds_count_are_alone(made):
     assert jobs == {True: 1, False: min(2, compare.cores())}
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_stopped_goes_on(made, monkeypatch, capsys):
     files = [write(Path("a.toml")), write(Path("b.toml"), pattern="M")]
     args = [*files, "--seeds=2", "--rates=3", "--equal=tokens,flops"]

@@ -173,6 +173,7 @@ def test_recomputed_blocks_keep_the_documents():
 # ---- in one graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"pattern": "MC", "n_layer": 2, "window": 5}, {"pattern": "ML", "n_layer": 2},
                                      {"pattern": "CM", "n_layer": 2, "mod_capacity": 0.5, "window": 5},
                                      {"pattern": "MC", "n_layer": 2, "mor_recursions": 2, "mod_capacity": 0.5},

@@ -239,6 +239,7 @@ def test_the_loss_under_autocast_is_fp32_with_fp32_gradients(limit, monkeypatch)
 # ---- 5 one graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"pattern": "AA"}, {"pattern": "MCL"}, FAIR[-1] | {"pattern": "MCL"}], ids=str)
 def test_training_forward_is_one_graph_without_recompiles(changes):
     torch._dynamo.reset()
@@ -253,6 +254,7 @@ def test_training_forward_is_one_graph_without_recompiles(changes):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_blocks_of_one_letter_share_their_graph():
     """Compiled block by block, 16 layers of 3 letters cost 3 compilations; all letters, trained and evaluated, fit."""
     torch._dynamo.reset()

@@ -526,6 +526,7 @@ def test_bf16_weights_generate(variant):
 # ---- one graph
 
 
+@pytest.mark.slow
 @every_graph
 def test_training_is_one_graph_over_steps(variant, changes):
     torch._dynamo.reset()
@@ -543,6 +544,7 @@ def test_training_is_one_graph_over_steps(variant, changes):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @every_graph
 @torch.no_grad()
 def test_prefill_and_decode_are_one_graph_each(variant, changes, monkeypatch):
@@ -562,6 +564,7 @@ def test_prefill_and_decode_are_one_graph_each(variant, changes, monkeypatch):
     assert (prefills.frame_count, decodes.frame_count) == (1, 1)
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_blocks_compiled_one_by_one_have_static_shapes():
     """As train.py compiles them: all graphs are there after one step and one evaluation, whatever is routed."""
@@ -603,6 +606,7 @@ def test_recomputed_blocks_keep_their_inputs_alone_and_change_nothing(changes):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_the_flex_road_has_a_mask_for_every_number_of_tokens(monkeypatch):
     """Traced as for CUDA: one graph, the loss of SDPA, block masks made before it. Its gradients: test_attention.py."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)

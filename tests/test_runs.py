@@ -452,6 +452,7 @@ def test_the_program_refuses_in_one_line_and_ends_with_2(tmp_path):
 # ---- the profile of a run
 
 
+@pytest.mark.slow
 def test_a_profile_has_the_steps_behind_the_warm_up(tmp_path, capsys):
     """And changes nothing; three steps of warm-up, then those that were asked for, or what there is of them."""
     train.main(options(tmp_path, "plain", max_iters=6))
