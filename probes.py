@@ -5,7 +5,8 @@ Fresh texts of two kinds at every step, an evaluation with a seed of its own, co
   value is asked for. Numbers of pairs are mixed in training and tested apart (as in arXiv:2402.18668).
 - induction (arXiv:2209.11895): random tokens, a marker once inside and once at the end, which asks for the token that
   followed it.
-- Every letter plain and with what makes it a fair opponent (CCQA has that), mixes of two layers, the 8-layer pattern.
+- Every letter plain and with what makes it a fair opponent (CCQA has that), mixes of two layers, the 8-layer pattern,
+  and any other pattern by --variants.
   Each has the best of the same few learning rates, by one seed (more of them where none reaches 99% and the best is at
   an edge), and then its other seeds. All have one width, so that their parameters differ: the table has them.
 - Controls: one layer, a window that is too short, no attention at all: at the same rates, with one seed. A probe that
@@ -78,7 +79,7 @@ class RecallConfig:
     """A measurement of recall; raises UserError, in one line, for values that cannot be."""
 
     tasks: str = "mqar,induction"  # which texts: mqar, induction, or both with a comma between
-    variants: str = ""  # names of the variants with commas between, empty: all
+    variants: str = ""  # names, or other patterns of letters, with commas between, empty: all that have a name
     pairs: str = "2,4,8"  # mqar: numbers of pairs in a text, with commas between
     noise: bool = False  # mqar: slots without a key have random tokens, not token 0
     rates: int = 3  # learning rates that are tried, a factor of 2 apart, learning_rate in their middle
@@ -174,6 +175,11 @@ class Variant(NamedTuple):
     blind: bool = False  # nothing of what attention finds reaches the residual line
 
 
+def variant_of(pattern: str) -> Variant:
+    """A model of just these layers."""
+    return Variant(pattern, {"pattern": pattern, "n_layer": len(pattern)})
+
+
 def variants_of(task: str) -> list[Variant]:
     window = {"mqar": 4, "induction": 8}[task]
     found = []
@@ -181,8 +187,8 @@ def variants_of(task: str) -> list[Variant]:
         found.append(Variant(letter, {"pattern": letter}))
         if letter != "C":  # which has its own
             found.append(Variant(f"{letter} fair", {"pattern": letter, **FAIR}))
-    found += [Variant(mix, {"pattern": mix}) for mix in MIXES if task == "mqar"]
-    found.append(Variant(PATTERN, {"pattern": PATTERN, "n_layer": len(PATTERN)}))
+    found += [variant_of(mix) for mix in MIXES if task == "mqar"]
+    found.append(variant_of(PATTERN))
     found.append(Variant("one layer", {"pattern": "A", "n_layer": 1}, control=True))
     found.append(Variant(f"window {window}", {"pattern": "M", "window": window}, control=True))
     return [*found, Variant("no attention", {"pattern": "A", "alpha": "fixed"}, control=True, blind=True)]
@@ -447,18 +453,21 @@ def chosen_probes(given: dict, options: RecallConfig) -> list[Probe]:
     shape = {name: value for name, value in given.items() if name in names}
     (run,) = build({name: value for name, value in given.items() if name not in names}, TrainConfig, base=RUN)
     need(run, "max_iters", run.max_iters >= 1, "nothing would be trained: ask for more")
-    asked = set(filter(None, options.variants.split(",")))
+    asked = dict.fromkeys(filter(None, options.variants.split(",")))
     found = []
     for task in options.tasks.split(","):
-        for variant in variants_of(task):
+        named = {variant.name: variant for variant in variants_of(task)}
+        others = [variant_of(word) for word in asked if word not in named and set(word) <= KINDS.keys()]
+        for variant in [*named.values(), *others]:
             if not asked or variant.name in asked:
                 (config,) = build(SHAPE | TASKS[task] | shape | variant.changes, HydraConfig)
                 options.check(task, config)
                 found.append(Probe(task, variant, config, run, options))
-    unknown = asked - {probe.variant.name for probe in found}
+    unknown = asked.keys() - {probe.variant.name for probe in found}
     if unknown:
         known = dict.fromkeys(variant.name for task in options.tasks.split(",") for variant in variants_of(task))
-        raise UserError(f"variants: {min(unknown)!r} is none of {options.tasks}: use {', '.join(known)}")
+        raise UserError(f"variants: {min(unknown)!r} is none of {options.tasks}: use {', '.join(known)}, or a pattern "
+                        f"of the letters {''.join(KINDS)}")  # fmt: skip
     return found
 
 

@@ -189,6 +189,13 @@ def test_a_quarter_of_the_texts_can_show_that_a_model_is_poor(monkeypatch):
         assert looked[:-1] == looks
 
 
+def test_any_pattern_can_be_asked_for():
+    """In the order that was asked for, behind those that have a name; with as many layers as letters."""
+    found = probes.chosen_probes({}, RecallConfig(tasks="mqar", variants="LMC,CCCCC,A,MC"))
+    assert [(it.variant.name, it.config.layers) for it in found] == [
+        ("A", "AA"), ("MC", "MC"), ("LMC", "LMC"), ("CCCCC", "CCCCC")]  # fmt: skip
+
+
 def test_every_letter_is_probed_plain_and_fair():
     names = [variant.name for variant in probes.variants_of("mqar")]
     assert {"A", "A fair", "C", "L", "L fair", "MC", "MMCCCLML", "one layer", "window 4", "no attention"} < set(names)
