@@ -303,7 +303,7 @@ def train_probe(probe: Probe, until: int = 0) -> dict:
     solved = None
     began = time.perf_counter()
     for step, model in enumerate(steps_of(probe), 1):
-        last = step == run.max_iters or step == until and not solved
+        last = step in (until, run.max_iters)
         if not last and (step % probe.options.check_every or is_poor(model, tests[probe.numbers[-1]])):
             continue  # the most pairs are enough to know
         found = {str(pairs): accuracy(model, test) for pairs, test in tests.items()}

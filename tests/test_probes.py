@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -151,7 +152,7 @@ def test_the_best_rate_is_the_fastest_or_else_the_most_accurate():
 
 def test_a_rate_that_is_slower_than_another_is_given_up(monkeypatch):
     """At the step at which the other one had reached 99%; one that has reached it by then goes on as if alone."""
-    for seen, steps in [([0.5, 0.5, 0.98], 6), ([0.5, 0.99, 0.99, 0.995], 8)]:
+    for seen, steps in [([0.5, 0.5, 0.98], 6), ([0.5, 0.99, 0.99, 0.995], 8), ([0.5, 0.5, 0.99, 0.995], 8)]:
         seen = iter(seen)
         monkeypatch.setattr(probes, "is_poor", lambda model, test: False)
         monkeypatch.setattr(probes, "accuracy", lambda model, test, seen=seen: next(seen))
@@ -271,7 +272,11 @@ def test_recall_in_processes_finds_the_same():
     assert one["rows"] == two["rows"] and one["runs"].keys() == two["runs"].keys()
     with pytest.raises(UserError, match="x | rate 1: its process was killed or failed: the same command goes on"):
         list(probes.made([probes.Order("x | rate 1", partial(os._exit, 9), 1.0)] * 3, 2))
-    assert not multiprocessing.active_children()
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="invalid literal"):  # what others are in is not waited for
+        list(probes.made([probes.Order("long", partial(time.sleep, 60), 1.0),
+                          probes.Order("wrong", partial(int, "x"), 1.0)], 2))  # fmt: skip
+    assert time.monotonic() - began < 30 and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("args, words", [
