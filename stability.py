@@ -47,7 +47,7 @@ UNREAD = {"resume", "plan", "profile", "eval_interval", "sample_tokens", "keep_e
 class StabilityConfig:
     """A measurement of stability; raises UserError, in one line, for values that cannot be."""
 
-    high: float = 10.0  # the high learning rate is so many times learning_rate
+    high: float = 30.0  # the high learning rate is so many times learning_rate
     seeds: int = 1  # runs of each variant at each rate, with the seeds `seed`, `seed` + 1, ..
     jobs: int = 2  # runs at a time, at most one for each core
     json: AnyPath = ""  # file of the result, empty: stability.json in out_dir
