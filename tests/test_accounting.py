@@ -370,6 +370,7 @@ def test_a_plan_is_printed_and_nothing_is_made(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-2].endswith(" no")
 
 
+@pytest.mark.slow
 def test_a_gpu_is_planned_for_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     torch._dynamo.reset()

@@ -126,6 +126,7 @@ def test_speed_has_every_subject_in_every_precision(run):
     assert result["cpu"] and result["threads"] >= 1 and result["seed"] == 1337 and result["date"] and result["git"]
 
 
+@pytest.mark.slow
 def test_a_letter_of_the_user_is_measured(run, monkeypatch):
     monkeypatch.setitem(KINDS, "X", Kind(lambda c: GQA(c, 1), 1.0, GQA.check, "one more"))
     rows = run("speed", "--only=eager attention float32")["tables"]["speed"]
@@ -169,6 +170,7 @@ def test_on_cuda_length_goes_on_to_the_longest_in_bfloat16(monkeypatch):
         assert cases[12:-4] == ([(16384, "bfloat16")] if device.type == "cuda" else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listed", [4e12, None])
 def test_a_known_data_sheet_is_a_second_peak(run, monkeypatch, listed):
     monkeypatch.setattr(bench.machine, "datasheet_peak", lambda device, dtype: listed)
@@ -196,6 +198,7 @@ def test_a_call_has_the_input_that_was_used_the_longest_ago(level, monkeypatch):
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
+@pytest.mark.slow
 def test_train_is_rated_by_three_forwards(run, monkeypatch, tmp_path):
     (tmp_path / "tiny.toml").write_text("dim = 32\nn_head = 2\nn_kv_head = 1\nn_layer = 1\npattern = 'A'\n"
                                         "vocab_size = 64\nblock_size = 8\nbatch_size = 3\n")  # fmt: skip
@@ -249,6 +252,7 @@ def test_the_percentages_of_the_small_shape():
     assert [rows[mix]["kv_bytes"] for mix in "AGMCL"] == [3072, 768, 256, 192, 800]  # however little a window sees
 
 
+@pytest.mark.slow
 def test_memory_has_every_letter_and_a_training_step(run):
     rows = run("memory")["tables"]["memory"]
     assert [(r["level"], r["mix"]) for r in rows[:2]] == [("train", "shape")] * 2
@@ -340,6 +344,7 @@ def test_decoding_is_compared_by_how_much_slower_the_others_are(run, uncompiled,
     assert rows["uncached"]["uncached_x"] == 4 * 20 / (3 + 3 * 1)
 
 
+@pytest.mark.slow
 def test_decode_has_compiled_rows_alone(run, uncompiled):
     rows = [r for r in run("decode", "--only=compiled float32")["tables"]["decode"] if "ms" in r]
     assert [(r["mix"], r["mode"], r["B"]) for r in rows] == [("decode", "compiled", 1)]
@@ -548,6 +553,7 @@ def emulating(monkeypatch):
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9 if dtype == torch.bfloat16 else 1.89e11)
 
 
+@pytest.mark.slow
 def test_emulated_bfloat16_is_said_once_and_left_out(run, emulating, capsys):
     result = run("speed", "--only=eager")
     sentence = ("bfloat16 is emulated on this CPU (189 GFLOP/s in float32, 1 GFLOP/s in bfloat16): its rows are "

@@ -361,6 +361,7 @@ def test_a_folder_of_data_may_hold_the_comparison(made):
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_what_diverges_is_a_bad_rate_and_is_reported_among_the_seeds(made, monkeypatch):
     real = train.train_step
 

@@ -203,6 +203,7 @@ def test_compiled_blocks_are_compiled_once_and_equal_the_plain_ones(backend, cha
     assert frames == [len(net.blocks) * net.config.mor_recursions] * 3
 
 
+@pytest.mark.slow
 def test_flex_sees_the_documents_with_its_own_masks(monkeypatch):
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
     monkeypatch.setattr(machine, "flex_problem", lambda *_: "")
