@@ -61,13 +61,15 @@ def attention_flops(attn: Attention, T: int) -> float:
     return matrix_flops(attn) + pair_flops(attn, T)
 
 
-def layer_flops(config: HydraConfig, T: int) -> list[float]:
-    """Forward FLOPs of every layer of every recursion for one text of T tokens, at the routers' training capacities."""
+def layers_of(config: HydraConfig, T: int) -> list[tuple[Block, int]]:
+    """The layers of every recursion, each with its tokens of a text of T, at the routers' training capacities."""
     blocks = [*skeleton(config).blocks] * config.mor_recursions
-    found = []
-    for n, block in zip(layer_tokens(config, T), blocks, strict=True):
-        found.append(n * (attention_flops(block.attn, n) + matrix_flops(block.mlp)))
-    return found
+    return list(zip(blocks, layer_tokens(config, T), strict=True))
+
+
+def layer_flops(config: HydraConfig, T: int) -> list[float]:
+    """Forward FLOPs of `layers_of` one text."""
+    return [n * (attention_flops(block.attn, n) + matrix_flops(block.mlp)) for block, n in layers_of(config, T)]
 
 
 def flops_per_token(config: HydraConfig, T: int) -> float:
@@ -82,9 +84,7 @@ def flops_per_token(config: HydraConfig, T: int) -> float:
 
 def pair_flops_per_token(config: HydraConfig, T: int) -> float:
     """What of `flops_per_token` is `pair_flops`, which run at a rate of their own."""
-    blocks = [*skeleton(config).blocks] * config.mor_recursions
-    layers = zip(layer_tokens(config, T), blocks, strict=True)
-    return sum(n * pair_flops(block.attn, n) for n, block in layers) / T
+    return sum(n * pair_flops(block.attn, n) for block, n in layers_of(config, T)) / T
 
 
 def attention_state(attn: Attention, T: int) -> int:
@@ -96,9 +96,8 @@ def attention_state(attn: Attention, T: int) -> int:
 def state_bytes(config: HydraConfig, T: int, itemsize: int = 2, allocated: bool = False) -> int:
     """Bytes of the decoding state of one text of T tokens over all layers. A routed layer holds the tokens that went
     through it: as many as in training if the causal rule keeps to it; up to T if not, which is what is `allocated`."""
-    blocks = [*skeleton(config).blocks] * config.mor_recursions
-    tokens = [T] * len(blocks) if allocated else layer_tokens(config, T)
-    return itemsize * sum(attention_state(block.attn, n) for n, block in zip(tokens, blocks, strict=True))
+    layers = layers_of(config, T)
+    return itemsize * sum(attention_state(block.attn, T if allocated else n) for block, n in layers)
 
 
 # ---- memory of a training step: the step itself is run on tensors without numbers, and what is alive is counted

@@ -1,8 +1,8 @@
 """The attentions of HYDRA: one class and one line of KINDS each, over one core that they share.
 
 Every variant is causal by construction (no argument switches that off), takes the tokens' true positions through
-`Context`, ends with an RMSNorm over the merged heads before its output projection ("pre-out norm"), and decodes from a
-state of its own: preallocated tensors that are written in place.
+`Context`, norms the merged heads before its output projection (an RMSNorm, unless pre_out_norm is off), and decodes
+from a state of its own: preallocated tensors that are written in place.
 A new attention: a subclass of `Attention`, which says what it must offer, and its line in KINDS. Training, generation,
 accounting, help, log and bench follow from those two.
 Left out: biases, dropout, non-causal and cross attention, q/k widths that differ from the v width.

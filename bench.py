@@ -22,6 +22,7 @@ import gc
 import importlib.util
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -69,7 +70,7 @@ class BenchConfig:
     new_tokens: int = 128  # decode: tokens generated behind them
     context: int = 4096  # decode: length of the past in the comparison of hybrid and MHA
     json: AnyPath = ""  # also write everything to this file
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     seed: int = 1337  # of the weights and inputs
 
     def __post_init__(self):
@@ -185,7 +186,7 @@ def labelled(bench: Bench, what: dict[str, tuple], B: int, T: int, dtype: str, r
     if not words <= set(" ".join(map(str, label.values())).split()):
         return label | {"left_out": UNASKED}
     seconds = 11 * runs * sum(step_flops(*case, B, T) for case in what.values()) / bench.peaks[dtype]
-    if time.perf_counter() + seconds > bench.until:  # four rounds at a third of the peak
+    if time.perf_counter() + seconds > bench.until:  # some four rounds at a third of the peak
         return label | {"left_out": f"no time in the short run ({command('bench.py', bench.table)} has it)"}
     gc.collect()  # models are in cycles with their hooks and closures
     free = free_memory(bench.device)
@@ -415,7 +416,7 @@ def main(argv: list[str]) -> int:
     need(config, "mod_capacity mor_recursions", dense or table == "routing", "only table routing measures these")
     can = not options.peers or importlib.util.find_spec("transformers")
     need(options, "peers", can, "it needs transformers, which is not installed: pip install transformers")
-    facts = {"config": to_toml(config, options)}
+    facts = {"config": to_toml(config, options), "command": f"python bench.py {shlex.join(argv)}".strip()}
     bench = begin(options, config, f"{count_params(config):,} parameters", not table, facts)
     for name in [table] if table else TABLES:
         bench.take(name, TABLES[name](bench))

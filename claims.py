@@ -81,11 +81,6 @@ def read_results(folder: Path) -> list[Stored]:
     return found
 
 
-def command_of(it: Stored, program: str) -> str:
-    """What measured it, where it says so."""
-    return it.content.get("command", f"python {program}, see results/{it.name}")
-
-
 def subject_rows(it: Stored, subject: str) -> list[dict]:
     """Those of a result of that subject of diagnose.py."""
     return it.content.get("rows", []) if it.content.get("subject") == subject else []
@@ -195,7 +190,7 @@ def stability(it: Stored, keys: tuple[str, ...]) -> Iterator[Answer]:
     if texts:
         every = it.content["config"]["log_layers"]
         note = f" (norms of every {every}th step)" if any("norm" in key for key in keys) else ""
-        yield Answer("; ".join(texts) + note, command_of(it, "diagnose.py stability"))
+        yield Answer("; ".join(texts) + note, it.content["command"])
 
 
 def recall(it: Stored) -> Iterator[Answer]:
@@ -209,7 +204,7 @@ def recall(it: Stored) -> Iterator[Answer]:
                 verdict = f" ({row['verdict']})" if row["control"] else ""
                 found.append(f"{row['variant']} {row['accuracy'][most]:.1%}{verdict}")
         where = f"{task}, {most} pairs" if most != "1" else task
-        yield Answer(f"{where}: {', '.join(found)}", command_of(it, "diagnose.py recall"))
+        yield Answer(f"{where}: {', '.join(found)}", it.content["command"])
 
 
 def speed(it: Stored, levels: tuple[str, ...]) -> Iterator[Answer]:
@@ -220,7 +215,7 @@ def speed(it: Stored, levels: tuple[str, ...]) -> Iterator[Answer]:
              if row["B"] * row["T"] == short]  # fmt: skip
     if found:
         where = it.content.get("gpu") or it.content.get("cpu")
-        yield Answer(f"ms at {short} tokens on {where}: {', '.join(found)}", command_of(it, "bench.py speed"))
+        yield Answer(f"ms at {short} tokens on {where}: {', '.join(found)}", it.content["command"])
 
 
 def scaling(it: Stored) -> Iterator[Answer]:
@@ -228,7 +223,7 @@ def scaling(it: Stored) -> Iterator[Answer]:
     rows = [row for row in table_rows(it, "scaling") if row.get("level") in ("scaling", "predicted")]
     texts = [f"{row['mix']} ({row['level']}): {numbers_of(row, keys)}" for row in rows]
     if texts:
-        yield Answer("; ".join(texts), command_of(it, "scaling.py"))
+        yield Answer("; ".join(texts), it.content["command"])
 
 
 CLAIMS = [

@@ -19,6 +19,7 @@ Left out: corrections for many comparisons, contestants on different texts.
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,12 +36,11 @@ from configurator import AnyPath, UserError, build, cli, need, need_file, parse,
 from data import Corpus, eval_batches, token_bytes
 from files import write_text
 from layers import IGNORE
-from machine import choose_compile, choose_device, choose_dtype, describe
+from machine import choose_compile, choose_device, choose_dtype, cores, describe
 from model import HydraConfig
 from parallel import launched
 from runs import aligned
 from schedule import planned_steps, step_work
-from sources import cores
 from student import t_p, t_quantile
 from train import TrainConfig, read_corpus
 from trials import UNITS, Outcome, Team, Trial, open_log
@@ -435,7 +435,7 @@ def stored(word: str) -> Path | None:
     if word.startswith("-"):
         return None
     inside = Path(word, "compare.json")
-    return Path(word) if word.endswith(".json") else inside if inside.exists() else None
+    return Path(word) if word.endswith(".json") else inside if os.path.exists(inside) else None
 
 
 def print_stored(argv: list[str]) -> int:

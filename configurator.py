@@ -297,8 +297,8 @@ def help_text(types: tuple[type, ...], doc: str, base: dict, unread: Collection[
     by dataclass."""
     lines = [doc.strip(), ""] if doc else []
     if not doc.startswith("usage: "):
-        lines.append(f"usage: python {os.path.basename(sys.argv[0])} [config/x.toml ...] [--key=value ...]")
-    lines.append("Read in order, later wins. Also --key value; --key alone sets a bool to true.")
+        lines += [f"usage: python {os.path.basename(sys.argv[0])} [config/x.toml ...] [--key=value ...]",
+                  "Read in order, later wins. Also --key value; --key alone sets a bool to true."]
     for cls in types:
         comments = field_comments(cls)
         options = {f.name: f"  --{f.name}={literal(base.get(f.name, f.default))}" for f in fields(cls)

@@ -6,8 +6,9 @@
 - The files that texts are encoded into: tokenfiles.py. Shards of other projects: shards.py.
 - Batches: a pure function of (seed, step), drawn with replacement or in shuffled epochs, nothing to save or to replay;
   evaluation windows meet every target exactly once. No window crosses from one shard into the next.
-`python data.py --help` lists the commands. `train_tokenizer OUT` wrote config/python4096.tiktoken, and writes the same
-bytes wherever the default corpus has the fingerprint RANKS_CORPUS.
+Commands: `shard OUT` writes a text's tokens as shards, `bench` times their making beside tiktoken alone,
+`train_tokenizer OUT` writes a rank file: it wrote config/python4096.tiktoken, and writes the same bytes wherever the
+default corpus has the fingerprint RANKS_CORPUS.
 Left out: padding between documents.
 """
 
@@ -45,7 +46,7 @@ RANKS_CORPUS = "b16a70ae0727112cb88e30f8cf573dd61a96103c44d36b240fcc800c3b1075bc
 # only: time and stack stay linear even in a megabyte of spaces, where GPT-2's own pattern overflows.
 PATTERN = r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++\s*+|\s++"
 OTHER_SHARDS = "give other shards with --val_data=PATH"
-USAGE = "python data.py (train_tokenizer OUT, shard OUT or bench) [--key=value ...], see --help"
+USAGE = "python data.py (train_tokenizer OUT, shard OUT or bench) [--key=value ...]"
 
 
 # ---- tokenizers
@@ -452,7 +453,7 @@ def bench(options: CommandConfig) -> None:
 
 def main(args: list[str]) -> None:
     words = [arg for arg in args if not arg.startswith("-")]
-    given = parse([arg for arg in args if arg.startswith("-")], CommandConfig, doc=f"usage: {USAGE}")
+    given = parse([arg for arg in args if arg.startswith("-")], CommandConfig, doc=f"usage: {USAGE}\n\n{__doc__}")
     (options,) = build(given, CommandConfig)
     if words in (["train_tokenizer"], ["shard"]):
         raise UserError(f"{words[0]}: name OUT, which it writes: {USAGE}")

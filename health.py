@@ -16,6 +16,7 @@ The last line is one JSON object; --json stores it for plot.py.
 import codecs
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ def find_checkpoint(word: str) -> Path:
         if not path.exists():
             raise UserError(f"{word!r} does not exist: name a run's folder, or a checkpoint such as out/last.pt")
         return path
-    found = [path / name for name in ("last.pt", "best.pt") if (path / name).exists()]
+    found = [path / name for name in ("last.pt", "best.pt") if os.path.exists(path / name)]
     if not found:
         raise UserError(f"{word!r} has neither a last.pt nor a best.pt: name the folder of a run that has saved")
     return found[0]

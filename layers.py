@@ -129,7 +129,7 @@ def fill_identity(filters: Tensor) -> None:
 
 
 def convolve_at_once(x: Tensor, depthwise: Tensor, grouped: Tensor, doc_BT: Tensor | None = None) -> Tensor:
-    """Both convolutions of texts [B, T, N*K] as a GPU wants them: in turn they are one filter, whose tap s sums what
+    """Both convolutions of texts [B, T, heads*K] as a GPU wants them: in turn one filter, whose tap s sums what
     tap i of `grouped` does to tap s-i of `depthwise`. One product makes the parts of all taps; the kernel that follows
     moves them to their tokens. (They are sliced, not unbound: the gradient of an unbind is a kernel for each.) Where
     both ends of a tap lie in one document, so do the tokens between that the two convolutions met in."""

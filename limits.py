@@ -12,6 +12,7 @@ from data import Corpus, as_tokens, short_shards, too_short
 from machine import Machine, attention_peak, total_memory
 from model import HydraConfig
 from parallel import Ranks
+from routing import layer_tokens
 from schedule import step_work
 from sources import split_warning
 
@@ -63,7 +64,7 @@ def check_work(config: HydraConfig, run, machine: Machine, ranks: Ranks, corpus:
     """UserError where a step cannot fit into the device, or where step or evaluation would be silent for too long."""
     B, T = run.batch_size, config.block_size
     room = total_memory(machine.device)
-    needed = 32 * (B // ranks.size) * T * config.dim * config.n_layer  # about what the blocks keep
+    needed = 32 * (B // ranks.size) * config.dim * sum(layer_tokens(config, T))  # about what the blocks keep
     if room / 8 < needed < 8 * room:  # else the count is not worth its seconds
         plan = memory_plan(config, B, T, machine.dtype, "", run.recompute == "block", ranks.size, ranks.mode)
         needed = sum(plan.values())

@@ -93,7 +93,9 @@ def choose_compile(requested: str, device: torch.device, flops: float) -> tuple[
     return True, "a long run on a CPU earns the compilation back"
 
 
-class Machine(NamedTuple):  # what a run runs on
+class Machine(NamedTuple):
+    """What a run runs on."""
+
     device: torch.device
     dtype: torch.dtype
     compiled: bool
@@ -433,6 +435,11 @@ def in_child(call: Callable, *args):
             return pool.submit(call, *args).result()
         except BrokenProcessPool:
             return None
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def git_hash() -> str:

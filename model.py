@@ -38,8 +38,8 @@ class HydraConfig:
     vocab_size: int = 4096  # size of the vocabulary, at least the tokenizer's
     block_size: int = 256  # T, the longest text that the model is trained on, in tokens
     dim: int = 192  # D, model width
-    n_head: int = 4  # H, query heads of every layer
-    n_kv_head: int = 4  # G, key/value heads of CCQA and GQA layers
+    n_head: int = 4  # H, query heads; CCQA may have fewer and wider ones, see latent_head_dim
+    n_kv_head: int = 4  # G, key/value heads of GQA layers; in CCQA n_head over it is how many share one
     n_layer: int = 8  # blocks; the pattern is tiled over them
     pattern: str = "MMCCCLML"  # attention of each layer, by its letter
     mlp_ratio: float = 2.0  # SwiGLU's hidden width over D, rounded up to a multiple of mlp_multiple

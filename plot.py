@@ -9,9 +9,11 @@
 It reads files and nothing else. matplotlib is not in requirements.txt: pip install matplotlib.
 """
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -57,7 +59,7 @@ def read_run(path: Path, x: str) -> dict[str, tuple[list[float], list[float]]]:
     for line in read(path).splitlines():
         try:
             record = dict(json.loads(line))
-        except (ValueError, TypeError):  # cut, or of another kind of file
+        except (ValueError, TypeError, RecursionError):  # cut, or of another kind of file
             continue
         if "started" in record or "resumed_at" in record:
             sizes = ("batch_size", "block_size", "gradient_accumulation_steps")
@@ -82,6 +84,18 @@ def read_run(path: Path, x: str) -> dict[str, tuple[list[float], list[float]]]:
     if any(map(math.isnan, found)):
         raise UserError(f"{str(path)!r} does not say its {x}: use --x=steps")
     return curves
+
+
+@contextlib.contextmanager
+def expected(path: Path) -> Iterator[None]:
+    """UserError where something in the file is not what is read from it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{str(path)!r} has something of another form ({type(error).__name__}): give a file as the "
+                        "programs write it") from error  # fmt: skip
 
 
 def look(i: int) -> tuple[str, str]:
@@ -169,7 +183,7 @@ def draw_spans(rows: list[dict], _: str, figure) -> None:
                 places += [x + 0.8 * ((head + 0.5) / heads - 0.5) for head in range(heads)]
                 spans += row["span"]
                 ends += row["span90"]
-        colour = COLOURS[letter]
+        colour = COLOURS.get(letter, MANY[i % len(MANY)])  # a letter of the user has none
         axes.vlines(places, spans, ends, color=colour, alpha=0.4)
         axes.plot(places, spans, MARKERS[i % len(MARKERS)], color=colour, label=letter)
     axes.set_xticks(range(len(rows)), [row["layer"].removeprefix("blocks.") for row in rows])
@@ -288,7 +302,7 @@ def main(argv: list[str]) -> int:
     (options,) = build(parse(words, PlotConfig, doc=f"{usage}\n\n{__doc__.strip()}"), PlotConfig)
     if not paths:
         raise UserError("nothing to draw: name runs, or a JSON of bench.py, scaling.py, compare.py or diagnose.py")
-    paths = [path / "compare.json" if (path / "compare.json").exists() else path for path in paths]
+    paths = [path / "compare.json" if os.path.exists(path / "compare.json") else path for path in paths]
     paths = [path / "log.jsonl" if path.is_dir() else path for path in paths]
     for path in paths:
         if not os.path.isfile(path):
@@ -309,7 +323,8 @@ def main(argv: list[str]) -> int:
         for path, name in zip(paths, names, strict=True):
             if not name or names.count(name) > 1:
                 name = str(path.parent if path.name == "log.jsonl" else path)
-            runs[name] = read_run(path, options.x or "steps")
+            with expected(path):
+                runs[name] = read_run(path, options.x or "steps")
         charts = {"": (draw_runs, runs, 7)}
     try:
         Figure = import_module("matplotlib.figure").Figure
@@ -317,7 +332,8 @@ def main(argv: list[str]) -> int:
         raise UserError("plot.py needs matplotlib, which is not installed: pip install matplotlib") from error
     for name, (draw, what, height) in charts.items():
         figure = Figure((11, height), layout="constrained")
-        draw(what, options.x, figure)
+        with expected(paths[0]):
+            draw(what, options.x, figure)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside right upper")

@@ -44,11 +44,10 @@ from attention import KINDS
 from configurator import AnyPath, UserError, build, need, need_file, parse
 from files import remedy, write_text
 from layers import IGNORE
-from machine import describe, total_memory
+from machine import cores, describe, total_memory
 from model import Hydra, HydraConfig
 from runs import clock
 from schedule import learning_rate_at
-from sources import cores
 from train import TrainConfig, make_optimizer, train_step
 
 # Shapes and runs, which files and options change
@@ -232,7 +231,7 @@ def is_poor(model: Hydra, batch: Texts) -> bool:
     """Its accuracy is below 99%, which a quarter of the texts can show: when more answers of those are wrong than may
     be of all."""
     idx, answers = batch
-    few = -(-len(idx) // 4)
+    few = math.ceil(len(idx) / 4)
     wrong = (1 - accuracy(model, (idx[:few], answers[:few]))) * few / len(idx)
     return wrong > 1 - SOLVED or accuracy(model, batch) < SOLVED
 
@@ -438,7 +437,8 @@ def split_options(argv: list[str], kind: type, base: dict, unread: set[str], sub
     """What files and options give of models and runs, and of the subject's own options, a `kind`; `base` are its
     defaults. UserError for an option that it leaves `unread`; what a file has besides is for the file's other uses."""
     kinds = HydraConfig, TrainConfig, kind
-    usage = f"usage: python diagnose.py {subject} [config/x.toml ...] [--key=value ...]"
+    usage = (f"usage: python diagnose.py {subject} [config/x.toml ...] [--key=value ...]\n"
+             "Read in order, later wins. Also --key value; --key alone sets a bool to true.")
     given = parse(argv, *kinds, doc=f"{usage}\n\n{doc.strip()}", base=base, unread=unread)
     typed = parse([word for word in argv if not word.endswith(".toml") or word.startswith("-")], *kinds)
     if unread & typed.keys():

@@ -40,7 +40,7 @@ class SampleConfig:
     top_k: int = 0  # sample among this many likeliest tokens, 0 = all
     top_p: float = 0.95  # and among the fewest that hold this much probability, 1 = all
     seed: int = 1337  # of the sampling
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (of the weights too)
     compile: str = "off"  # on = compile the decode step: 10-20 s once; on a CPU for a single long text
 

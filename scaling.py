@@ -7,6 +7,7 @@ logarithm of the parameters, with 95% intervals. Beyond three times the largest 
 """
 
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from operator import itemgetter
@@ -184,7 +185,8 @@ def main(argv: list[str]) -> int:
         config, run = build(given, HydraConfig, TrainConfig, base=parse([str(path)], HydraConfig, TrainConfig))
         presets.append(Preset(count_params(config), path.stem, config, run))
     about = f"{len(presets)} presets of config/scale_*.toml"
-    bench = begin(options, None, about, False, {"config": to_toml(options), "overrides": given})
+    facts = {"config": to_toml(options), "overrides": given, "command": f"python scaling.py {shlex.join(argv)}".strip()}
+    bench = begin(options, None, about, False, facts)
     bench.take("scaling", scaling_table(bench, sorted(presets, key=itemgetter(0, 1))))
     return 1 if bench.failed else 0
 

@@ -33,6 +33,7 @@ import tiktoken
 from configurator import UserError, say
 from files import is_run_file
 from formats import CHUNK, SHARD, TextFile, Unfit, checked_pieces, inspect, is_our_shard, is_token_file, visible
+from machine import cores
 
 SLACK = 0.1  # validation may differ from the part that is asked for by this part of it
 PROGRESS_SECONDS = 3
@@ -416,12 +417,6 @@ def encode_bundle(enc: tiktoken.Encoding, bundle: list[str]) -> tuple[np.ndarray
     return np.concatenate(ids), sum(map(byte_count, bundle))
 
 
-def cores() -> int:
-    """That this process may use, and that are used: each holds an encoding, of large vocabularies 40 MB."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MOST_CORES)
-
-
 def encode(part: Part, enc: tiktoken.Encoding) -> Iterator[np.ndarray]:
     """The ids of one side, in order, encoded on all cores a few bundles ahead; progress on stderr if it takes long."""
     mine = threading.local()
@@ -433,9 +428,10 @@ def encode(part: Part, enc: tiktoken.Encoding) -> Iterator[np.ndarray]:
 
     began = shown = time.monotonic()
     done, waiting, todo = 0, deque(), bundles(part)
-    with ThreadPoolExecutor(cores(), initializer=start) as pool:
+    workers = min(cores(), MOST_CORES)  # each holds an encoding, of large vocabularies 40 MB
+    with ThreadPoolExecutor(workers, initializer=start) as pool:
         while True:
-            for bundle in islice(todo, 2 * cores() - len(waiting)):
+            for bundle in islice(todo, 2 * workers - len(waiting)):
                 waiting.append(pool.submit(lambda bundle: encode_bundle(mine.enc, bundle), bundle))
             if not waiting:
                 return

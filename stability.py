@@ -27,10 +27,10 @@ import torch
 from configurator import AnyPath, build, need, need_file, to_toml
 from data import token_bytes
 from files import write_text
+from machine import cores
 from model import Hydra, HydraConfig
 from probes import described, split_options
 from schedule import planned_steps, step_work
-from sources import cores
 from train import TrainConfig, make_optimizer, read_corpus, train_step
 from trials import UNITS, Outcome, Team, Trial, open_log, outcome_of, records_of
 

@@ -24,7 +24,7 @@ import train
 from configurator import UserError
 from files import locks, remedy
 from model import HydraConfig
-from runs import clock
+from runs import clock, log_lines, read_record
 from train import TrainConfig
 
 WHEREABOUTS = {"out_dir", "cache_dir"}  # options that make no difference to a run's numbers
@@ -57,10 +57,9 @@ class Outcome(NamedTuple):
 
 def records_of(trial: Trial, fingerprint: str) -> list[dict]:
     """The log in the run's folder, if it is of just this run on the text of this fingerprint."""
-    path, records = trial.folder / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError):  # it was cut
-            records.append(dict(json.loads(line)))
+    path = trial.folder / "log.jsonl"
+    lines = log_lines(path) if path.exists() else ()
+    records = [record for record in map(read_record, lines) if record]
     wanted = asdict(trial.config) | asdict(trial.run)
     headers = [record for record in records if "config" in record]
     older = asdict(HydraConfig()) | asdict(TrainConfig())  # the options that a log does not have yet

@@ -71,18 +71,20 @@ STORED = {
         {"task": "mqar", "variant": "A", "control": False, "accuracy": {"4": 1.0, "16": 0.75}, "verdict": "it does"},
         {"task": "mqar", "variant": "one", "control": True, "accuracy": {"4": 0.5, "16": 0.01}, "verdict": "fails"},
         {"task": "copy", "variant": "C", "control": False, "accuracy": {"8": 0.25}, "verdict": "it does not"}]},
-    "stability": {"subject": "stability", "config": {"log_layers": 10}, "rows": [
+    "stability": {"subject": "stability", "command": "python diagnose.py stability --x=2", "config": {"log_layers": 10},
+                  "rows": [
         {"variant": "before", "rate": 0.01, "loss": 3.5, "diverged": 0, "clipped": 0.25, "median_norm": 2.0,
          "largest_norm": 7.0},
         {"variant": "after", "rate": 0.01, "loss": None, "diverged": 1, "clipped": 1.0, "median_norm": 3.0,
          "largest_norm": None}]},
-    "speed": {"cpu": "a CPU", "gpu": None, "tables": {"speed": [
+    "speed": {"cpu": "a CPU", "gpu": None, "command": "python bench.py speed --x=3", "tables": {"speed": [
         {"level": "attention", "mix": "C", "B": 1, "T": 256, "dtype": "float32", "mode": "eager", "ms": 1.25},
         {"level": "attention", "mix": "C", "B": 4, "T": 512, "dtype": "float32", "mode": "eager", "ms": 9.0},
         {"level": "macro", "mix": "MC", "B": 1, "T": 256, "dtype": "float32", "mode": "eager", "ms": 7.5},
         {"level": "attention", "mix": "C", "B": 1, "T": 256, "dtype": "float32", "mode": "compiled", "ms": 0.5},
         {"level": "attention", "mix": "C", "B": 1, "T": 64, "mode": "eager", "left_out": "no time"}]}},
-    "scaling": {"tables": {"scaling": [{"level": "scaling", "mix": "scale_1", "routed_fraction": 0.5}]}},
+    "scaling": {"command": "python scaling.py --x=4", "tables": {"scaling": [
+        {"level": "scaling", "mix": "scale_1", "routed_fraction": 0.5}]}},
 }  # fmt: skip
 
 
@@ -96,9 +98,9 @@ def results(tmp_path):
 
 
 LEARNED = "held-out bits/byte against mha at equal tokens: better: hybrid -0.012 [-0.020, -0.004]; not resolved: same"
-SHAKEN = "python diagnose.py stability, see results/stability.json"
+SHAKEN = "python diagnose.py stability --x=2"
 TENTH = " (norms of every 10th step)"
-TIMED = "python bench.py speed, see results/speed.json"
+TIMED = "python bench.py speed --x=3"
 
 
 @pytest.mark.parametrize("claim, words, command", [
@@ -108,7 +110,7 @@ TIMED = "python bench.py speed, see results/speed.json"
     ('"Gradient flow', "median norm at rate 0.01: before 2, after 3" + TENTH, SHAKEN),
     ("Speed of CCGQA", "ms at 256 tokens on a CPU: attention C float32 1.25", TIMED),
     ("Speed of macro", "ms at 256 tokens on a CPU: macro MC float32 7.50", TIMED),
-    ("Scaling", "scale_1 (scaling): routed_fraction 0.5", "python scaling.py, see results/scaling.json"),
+    ("Scaling", "scale_1 (scaling): routed_fraction 0.5", "python scaling.py --x=4"),
 ])  # fmt: skip
 def test_what_was_measured_is_read_with_its_command(results, claim, words, command):
     assert [(row["measured"], row["command"]) for row in measured(results, claim)] == [(words, command)]

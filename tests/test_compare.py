@@ -354,6 +354,14 @@ def test_a_log_that_is_older_than_an_option_is_of_its_default(tmp_path):
         assert len(trials.records_of(trial, "it")) == found
 
 
+def test_damaged_lines_of_a_log_are_left_out(tmp_path):
+    trial = trials.Trial(HydraConfig(dim=64), TrainConfig(out_dir=str(tmp_path)), 0.0)
+    header = json.dumps({"config": asdict(trial.config) | asdict(trial.run), "fingerprint": "it"}).encode()
+    damaged = [b"\xff\xfe{}", b"[" * 100_000, b'{"step": "a"}', b"3", b'{"cut": ']
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*damaged, header, b'{"step": 4, "final": true}', *damaged]))
+    assert [record.get("step") for record in trials.records_of(trial, "it")] == [None, 4]
+
+
 def test_a_folder_of_data_may_hold_the_comparison(made):
     args = [write(Path("a.toml")), "--seeds=1", "--rates=0", "--data=."]
     run(*args)
@@ -501,7 +509,8 @@ def test_processes_save_when_the_comparison_is_stopped(signum):
     (["a.toml", "--out_dir=text.txt/x"], "out_dir='text.txt/x': Not a directory: choose a folder"),
     (["a.toml", "--out_dir=run"], "out_dir='run' holds a run of train.py"), (["a.toml", "--sedes=3"], "you mean seed"),
     (["a.toml", "--max_tokens=9", "--max_flops=9"], "one of them can end a run"),
-    (["a.toml", "--json=."], "json='.': it is no file"), (["a.toml", "--against=b"], "it is for stored comparisons"),
+    (["x" * 300], "xxx. does not exist"), (["a.toml", "--json=."], "json='.': it is no file"),
+    (["a.toml", "--against=b"], "it is for stored comparisons"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(args, words, made):
     write(Path("a.toml"))

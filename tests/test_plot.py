@@ -180,6 +180,9 @@ def test_a_checkpoint_s_health_is_drawn(matplotlib, tmp_path, monkeypatch):
     assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {"C": [4.0], "M": [3.0, 5.0]}
     ends = {segment[0][1]: segment[1][1] for lines in axes.collections for segment in lines.get_segments()}
     assert ends == {3.0: 7.0, 5.0: 9.0, 4.0: 6.0}
+    (tmp_path / "health.json").write_text(json.dumps(HEALTH).replace('"letter": "M"', '"letter": "X"'))
+    assert plot.main([str(tmp_path / "health.json"), f"--out={tmp_path / 'x.png'}"]) == 0
+    assert "X" in [line.get_label() for line in figures["draw_spans"].axes[0].lines]  # a letter of the user
     assert [round(x) for line in axes.lines for x in line.get_xdata()] == [1, 0, 0]
     found = [axes.images[0].get_array().tolist() for axes in figures["draw_taps"].axes]
     assert found == [[[1.0, 0.5, 0.25]], [[0.3, 0.2, 0.1]]]
@@ -203,6 +206,10 @@ def files(tmp_path):
     (tmp_path / "ill.json").write_text('{"subject": "checkpoint", "layers": [3]}')
     (tmp_path / "bare.json").write_text('{"subject": "checkpoint", "layers": [], "taps": []}')
     (tmp_path / "cut.json").write_text('{"tables": {')
+    (tmp_path / "bases.json").write_text('{"bases": {"tokens": {"curves": {"a": 3}}}, "reference": "a"}')
+    for name, line in (("deep", "[" * 100_000), ("odd", '{"step": "a", "loss": 1}'), ("ms", '{"step": 1, "ms": null}'),
+                       ("header", '{"started": 0, "config": [1]}')):  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(line)
     (tmp_path / "rows.json").write_text(json.dumps({"tables": {"train": TABLES["train"]}}))
 
 
@@ -212,6 +219,8 @@ def files(tmp_path):
     (["bare.json"], "no rows to draw"), (["cut.json"], "is no JSON of bench.py"),
     (["rows.json"], "no rows to draw"), (["rows.json", "run"], "one JSON at a time"), (["run", "--x=hours"], "x='h"),
     (["old", "--x=flops"], "does not say its flops"), (["run", "--out=no/such/x.png"], "its folder does not exist"),
+    (["deep.jsonl"], "no step of a run"), (["odd.jsonl"], "has something of another form .TypeError"),
+    (["ms.jsonl"], "another form"), (["header.jsonl"], "another form"), (["bases.json"], "another form"),
     (["run", "--out=x.jpg"], "name a .png"), (["run", "--xx=steps"], "unknown key"),
 ])  # fmt: skip
 def test_what_cannot_be_drawn_is_said_in_a_line(args, words, tmp_path, monkeypatch):

@@ -1208,7 +1208,7 @@ def test_the_command_that_a_run_ends_with_runs_as_printed(tmp_path, capsys, monk
     _, found, line = capsys.readouterr().out.strip().rpartition("; sample it with: ")
     assert bool(found) == bool(expected)
     if expected:
-        program, script, *args = shlex.split(line)
+        program, script, *args = shlex.split(line.splitlines()[0])
         assert [program, script] == ["python", "sample.py"] and args[-2:] == expected
         assert sample.main([*args, "--top_k=1"]) == 0
         told = capsys.readouterr()
@@ -1222,7 +1222,7 @@ def test_a_run_whose_first_evaluation_was_its_best_is_sampled_from_its_last_chec
     monkeypatch.setattr(sample, "copy_bandwidth", lambda device: 1e9)
     assert train.main(options(tmp_path, "run", max_iters=1, sample_tokens=0)) == 0
     assert not (tmp_path / "run" / "best.pt").exists()
-    line = capsys.readouterr().out.strip().rpartition("; sample it with: ")[2]
+    line = capsys.readouterr().out.rpartition("; sample it with: ")[2].splitlines()[0]
     assert "--checkpoint=last" in shlex.split(line)
     assert sample.main(shlex.split(line)[2:]) == 0
 
