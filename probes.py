@@ -13,7 +13,7 @@ Fresh texts of two kinds at every step, an evaluation with a seed of its own, co
   one of these passes measures nothing, and the table says so.
 The published protocol has two layers, width 64 .. 512, no MLP, texts of 64 .. 512 tokens with 4 .. 64 pairs, 8192 words
 and 100,000 texts 64 times over. Here: two layers, width 64, no MLP (a block's is taken out), texts of 32 tokens with
-2 .. 8 pairs, 64 words, new texts at every step: some ten minutes of two CPU cores. RoPE turns faster, since texts
+2 .. 8 pairs, 64 words, new texts at every step: some eight minutes of two CPU cores. RoPE turns faster, since texts
 are short (rope_theta), and matrices start as large for their width as those of a model 768 wide, the embedding larger:
 with the 0.02 of large models this width learns no more than which values there are, in a thousand steps.
 Left out: copying, the published sizes (give --vocab_size, --block_size, --pairs and --dim on a larger machine).
