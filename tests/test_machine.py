@@ -94,15 +94,16 @@ def test_batches_are_made_once_a_step():
     assert made == [0, 1, 2, 7]
 
 
-@pytest.mark.parametrize("feature", ["amx_bf16", "avx512_bf16"])
-def test_bf16_where_a_cpu_has_it_and_a_model_earns_it(monkeypatch, feature):
-    capabilities(monkeypatch, **{feature: True})
+@pytest.mark.parametrize("features, least", [({"amx_bf16"}, 256), ({"avx512_bf16", "amx_bf16"}, 256),
+                                             ({"avx512_bf16"}, 128)])  # fmt: skip
+def test_bf16_where_a_cpu_has_it_and_a_model_earns_it(monkeypatch, features, least):
+    capabilities(monkeypatch, **dict.fromkeys(features, True))
     measured = peaks(monkeypatch, 1e11, 1e12)
     assert choose_dtype("auto", CPU, 768) == (torch.bfloat16, "this CPU has bf16 instructions")
     assert measured == [torch.bfloat16, torch.float32]
-    assert choose_dtype("auto", CPU, 256)[0] == torch.bfloat16
+    assert choose_dtype("auto", CPU, least)[0] == torch.bfloat16
     measured.clear()
-    dtype, reason = choose_dtype("auto", CPU, 255)
+    dtype, reason = choose_dtype("auto", CPU, least - 1)
     assert dtype == torch.float32 and "narrow" in reason and measured == []
 
 
