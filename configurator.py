@@ -292,13 +292,15 @@ def field_comments(cls: type) -> dict[str, str]:
     return {f.name: found.get(f.name, "") for f in fields(cls)}
 
 
+HOW_READ = "Read in order, later wins. Also --key value; --key alone sets a bool to true."
+
+
 def help_text(types: tuple[type, ...], doc: str, base: dict, unread: Collection[str]) -> str:
     """`doc`, the usage, and every key but those `unread` with its default, of `base` or else its own, and its comment,
     by dataclass."""
     lines = [doc.strip(), ""] if doc else []
     if not doc.startswith("usage: "):
-        lines += [f"usage: python {os.path.basename(sys.argv[0])} [config/x.toml ...] [--key=value ...]",
-                  "Read in order, later wins. Also --key value; --key alone sets a bool to true."]
+        lines += [f"usage: python {os.path.basename(sys.argv[0])} [config/x.toml ...] [--key=value ...]", HOW_READ]
     for cls in types:
         comments = field_comments(cls)
         options = {f.name: f"  --{f.name}={literal(base.get(f.name, f.default))}" for f in fields(cls)

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from attention import KINDS
-from configurator import AnyPath, UserError, build, need, need_file, parse
+from configurator import HOW_READ, AnyPath, UserError, build, need, need_file, parse
 from files import remedy, write_text
 from layers import IGNORE
 from machine import cores, describe, total_memory
@@ -437,8 +437,7 @@ def split_options(argv: list[str], kind: type, base: dict, unread: set[str], sub
     """What files and options give of models and runs, and of the subject's own options, a `kind`; `base` are its
     defaults. UserError for an option that it leaves `unread`; what a file has besides is for the file's other uses."""
     kinds = HydraConfig, TrainConfig, kind
-    usage = (f"usage: python diagnose.py {subject} [config/x.toml ...] [--key=value ...]\n"
-             "Read in order, later wins. Also --key value; --key alone sets a bool to true.")
+    usage = f"usage: python diagnose.py {subject} [config/x.toml ...] [--key=value ...]\n{HOW_READ}"
     given = parse(argv, *kinds, doc=f"{usage}\n\n{doc.strip()}", base=base, unread=unread)
     typed = parse([word for word in argv if not word.endswith(".toml") or word.startswith("-")], *kinds)
     if unread & typed.keys():
@@ -542,11 +541,11 @@ def measure_recall(probes: list[Probe], options: RecallConfig, results: Results)
         orders = [Order(it.key, partial(train_probe, it, until.get(it.name, 0)), seconds[it.name]) for it in wanted]
         return dict(zip((it.key for it in wanted), progress.make(orders, said), strict=True))
 
-    found = make([it.at(rates[middle], first.seed) for it in probes], {})
-    # any other rate has to be as fast
-    until = {it.name: found[it.at(rates[middle], first.seed).key]["steps_to_99"] or 0 for it in probes}
-    found |= make([it.at(rate, first.seed) for it in probes for rate in rates if rate != rates[middle]], until)
     tried = {it.name: [it.at(rate, first.seed) for rate in rates] for it in probes}
+    found = make([several[middle] for several in tried.values()], {})
+    # any other rate has to be as fast
+    until = {name: found[several[middle].key]["steps_to_99"] or 0 for name, several in tried.items()}
+    found |= make([it for several in tried.values() for it in several if it != several[middle]], until)
     while edges := [(several, rate) for several in tried.values() if (rate := further(several, found))]:
         for several, rate in edges:
             several.append(several[0].at(rate, first.seed))

@@ -270,7 +270,7 @@ def test_recall_in_processes_finds_the_same():
     diagnose.main([*args, "--json=two.json", "--jobs=2"])
     one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
     assert one["rows"] == two["rows"] and one["runs"].keys() == two["runs"].keys()
-    with pytest.raises(UserError, match="x | rate 1: its process was killed or failed: the same command goes on"):
+    with pytest.raises(UserError, match=r"x \| rate 1: its process was killed or failed: the same command goes on"):
         list(probes.made([probes.Order("x | rate 1", partial(os._exit, 9), 1.0)] * 3, 2))
     began = time.monotonic()
     with pytest.raises(ValueError, match="invalid literal"):  # what others are in is not waited for
