@@ -22,7 +22,6 @@ import gc
 import importlib.util
 import json
 import math
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -416,7 +415,7 @@ def main(argv: list[str]) -> int:
     need(config, "mod_capacity mor_recursions", dense or table == "routing", "only table routing measures these")
     can = not options.peers or importlib.util.find_spec("transformers")
     need(options, "peers", can, "it needs transformers, which is not installed: pip install transformers")
-    facts = {"config": to_toml(config, options), "command": f"python bench.py {shlex.join(argv)}".strip()}
+    facts = {"config": to_toml(config, options), "command": command("bench.py", *argv)}
     bench = begin(options, config, f"{count_params(config):,} parameters", not table, facts)
     for name in [table] if table else TABLES:
         bench.take(name, TABLES[name](bench))

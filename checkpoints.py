@@ -102,7 +102,7 @@ class Progress:
         return progress
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """The checkpoint that a run goes on from."""
 
     path: Path

@@ -20,7 +20,6 @@ Left out: corrections for many comparisons, contestants on different texts.
 import json
 import math
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ import torch
 
 from accounting import count_params, flops_per_token, state_bytes
 from attention import letters_help
-from configurator import AnyPath, UserError, build, cli, need, need_file, parse, to_toml
+from configurator import AnyPath, UserError, build, cli, command, need, need_file, parse, to_toml
 from data import Corpus, eval_batches, token_bytes
 from files import write_text
 from layers import IGNORE
@@ -541,7 +540,7 @@ def main(argv: list[str]) -> int:
     windows = last.run.batch_size * last.run.final_eval_iters
     validation = eval_batches(corpus.val, last.run.batch_size, last.config.block_size, windows)
     head = describe(torch.device(shared["device"])) | shared | {
-        "jobs": contest.jobs, "command": f"python compare.py {shlex.join(argv)}", "corpus": corpus.description,
+        "jobs": contest.jobs, "command": command("compare.py", *argv), "corpus": corpus.description,
         "fingerprint": corpus.fingerprint, "measure": UNITS[measure], "reference": contest.first.name,
         "validation_tokens": sum(int((y != IGNORE).sum()) for _, y in validation)}  # fmt: skip
     with open_log(out) as log:

@@ -224,8 +224,9 @@ def read_toml(path: str, kinds: dict[str, type]) -> dict:
 
 
 def parse(argv: list[str], *types: type, doc: str = "", base: dict | None = None, unread: Collection[str] = ()) -> dict:
-    """Files and options of `argv` in order, later wins: only the given keys, with typed values. Raises UserError. For
-    --help: `base` are the program's own defaults, `unread` the keys that it does not read."""
+    """Files and options of `argv` in order, later wins: only the given keys, with typed values. Raises UserError.
+    `base` are the program's own defaults, for --help. Of what it leaves `unread`, an option is a UserError; a file may
+    have it, for other programs."""
     kinds, given, rest = key_types(types), {}, list(argv)
     repeated: dict[str, tuple] = {}
     if "-h" in rest or "--help" in rest:  # before all else, so that it also helps beside a mistake
@@ -240,6 +241,8 @@ def parse(argv: list[str], *types: type, doc: str = "", base: dict | None = None
             continue
         name, equals, text = arg[2:].partition("=")
         key = known(name, kinds)
+        if key in unread:
+            raise UserError(f"--{key}: this program does not read it: leave it out")
         if not equals and kinds[key] in (bool, SWITCH):
             is_path = kinds[key] == SWITCH and rest and not rest[0].startswith("-") and not rest[0].endswith(".toml")
             text = rest.pop(0) if rest and (rest[0].lower() in BOOLS or is_path) else "true"
@@ -252,7 +255,7 @@ def parse(argv: list[str], *types: type, doc: str = "", base: dict | None = None
         given[key] = asked_for(text, kinds[key], f"--{key}=", text=True)
         if kinds[key] == REPEATED:
             given[key] = repeated[key] = repeated.get(key, ()) + given[key]
-    return given
+    return {key: value for key, value in given.items() if key not in unread}
 
 
 def build(given: dict, *types: type, base: dict | None = None) -> tuple:

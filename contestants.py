@@ -57,7 +57,8 @@ class Contestant:
             optimizer = make_optimizer(net, run)
             self.step = lambda: train_step(net, optimizer, [tuple(self.batch)], run.grad_clip, self.autocast)
         elif level != "model":  # the blocks, or one attention; the input has a gradient, as it does behind other layers
-            turns = cycle(machine.copies(torch.randn(B, T, config.dim, device=device), machine.cache_bytes(device)))
+            x_BTD = torch.randn(B, T, config.dim, device=device)
+            turns = cycle(machine.cold_copies(x_BTD, machine.cache_bytes(device)))
             inputs = (x.detach().requires_grad_() for x in turns)
             ctx = net.context(torch.arange(T, device=device))
             if level == "attention":

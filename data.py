@@ -32,7 +32,7 @@ import torch
 from configurator import AnyPath, UserError, build, cli, command, need, parse, usable_path
 from files import reason, write_text
 from machine import in_turns
-from shards import Shard, check_apart, copies, files_beside, find_shards, open_shard, validation_shards, write_shards
+from shards import Shard, check_apart, files_beside, find_shards, open_shard, repeats, validation_shards, write_shards
 from sources import Texts, encode, no_effect, part_pieces, read_texts, split_warning
 from tokenfiles import VERSION, load_tokens, tokenizer_hash, write_tokens
 
@@ -202,7 +202,7 @@ def shard_corpus(data: str, sides: dict[str, list[Path]], tokenizer: str, vocab_
         digest.update(shard.sample())
     train, val = (Tokens(side) for side in shards.values())
     ids = f"ids of {enc.name}" if enc else "ids of a tokenizer that is not named: nats per token only, no samples"
-    warnings = [f"{path} looks like a copy of a training shard: {OTHER_SHARDS}" for path in copies(*shards.values())]
+    warnings = [f"{path} looks like a copy of a training shard: {OTHER_SHARDS}" for path in repeats(*shards.values())]
     if beside:
         warnings.append(f"{data} has token shards, beside which {len(beside)} other files are not read, "
                         f"such as {beside[0]}: give texts without shards, or shards alone")

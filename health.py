@@ -38,7 +38,7 @@ from files import read_text, write_text
 from layers import IGNORE
 from model import Block, Hydra, HydraConfig
 from parallel import contents, read_parts
-from routing import recursion_tokens
+from routing import recursion_capacities
 from runs import aligned, for_json, layer_of
 from schedule import learning_rate_at, steps_of
 from train import TrainConfig, make_optimizer, read_corpus
@@ -274,7 +274,7 @@ class Watcher(TorchFunctionMode):
 
 
 @torch.no_grad()
-def watch(it: Patient, windows: Windows) -> tuple[Watcher, list[list[Choice]], float]:
+def observe(it: Patient, windows: Windows) -> tuple[Watcher, list[list[Choice]], float]:
     """Every window through the model -> what was seen, the routers' choices by window, and the loss in nats a token."""
     choices, nats, count = [], 0.0, 0
     with Watcher(it.model) as seen:
@@ -382,8 +382,7 @@ def capacities(model: Hydra) -> dict[str, float]:
     """The part of its candidates that every router selects in training."""
     config = model.config
     found = {f"block {i}": config.mod_capacity for i, block in enumerate(model.blocks) if block.routed}
-    tokens = recursion_tokens(config.mor_recursions, 3 * 5 * 7 * 16 * config.mor_recursions)
-    return found | {f"recursion {i + 1}": tokens[i] / tokens[i - 1] for i in range(1, len(tokens))}
+    return found | {f"recursion {i}": part for i, part in enumerate(recursion_capacities(config.mor_recursions), 2)}
 
 
 def router_rows(model: Hydra, choices: list[list[Choice]]) -> list[dict]:
@@ -519,7 +518,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{what}: name a run's folder or a checkpoint, as in: python diagnose.py checkpoint out")
     it = read_patient(find_checkpoint(words[0]))
     windows = read_windows(it, options)
-    seen, choices, loss = watch(it, windows)
+    seen, choices, loss = observe(it, windows)
     layers, taps, routers = layer_rows(it, seen), taps_of(it.model), router_rows(it.model, choices)
     findings = findings_of(it, layers, routers, loss)
     tokens = sum(x.size(1) for x, _ in windows.batches)

@@ -29,7 +29,7 @@ from configurator import UserError
 
 EARNS_COMPILATION = 5e13  # FLOPs of a run on a CPU: some minutes, of which a compilation saves more than it takes
 EMULATED = 0.3  # bf16 products at less than this part of fp32's rate are emulated
-MAX_COPIES = 256  # of an input, see `copies`
+MAX_COPIES = 256  # of an input, see `cold_copies`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -291,7 +291,7 @@ def cache_bytes(device: torch.device) -> int:
     return 0
 
 
-def copies(x: Tensor, cache: int) -> list[Tensor]:
+def cold_copies(x: Tensor, cache: int) -> list[Tensor]:
     """x and so many copies of it (at most MAX_COPIES in all) that those between two uses of one are twice as large as a
     `cache` of so many bytes: a call that takes the next one each time finds none of it there."""
     n = min(MAX_COPIES, math.ceil(2 * cache / x.nbytes) + 1)

@@ -23,7 +23,6 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
 import signal
 import threading
 import time
@@ -41,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from attention import KINDS
-from configurator import HOW_READ, AnyPath, UserError, build, need, need_file, parse
+from configurator import HOW_READ, AnyPath, UserError, build, command, need, need_file, parse
 from files import remedy, write_text
 from layers import IGNORE
 from machine import cores, describe, total_memory
@@ -352,9 +351,9 @@ class Results:
         write_text(self.path, json.dumps(self.content, indent=1, allow_nan=False))
 
 
-def described(command: str) -> dict:
-    """What a result must name."""
-    return describe(torch.device("cpu")) | {"command": f"python diagnose.py {command}".strip()}
+def described(*words: str) -> dict:
+    """What a result of `diagnose.py words` must name."""
+    return describe(torch.device("cpu")) | {"command": command("diagnose.py", *words)}
 
 
 class Order(NamedTuple):
@@ -370,7 +369,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def settle() -> None:
+def begin_process() -> None:
     """A process that makes runs: one thread, and a Ctrl-C of the terminal is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -385,7 +384,7 @@ def made(orders: list[Order], jobs: int) -> Iterator[tuple[Order, dict]]:
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "probes"])  # which the optimizer imports; seconds for each process
-    with ProcessPoolExecutor(jobs, context, settle) as pool:
+    with ProcessPoolExecutor(jobs, context, begin_process) as pool:
         asked = {pool.submit(order.make): order for order in orders}
         try:
             for run in as_completed(asked):
@@ -398,8 +397,8 @@ def made(orders: list[Order], jobs: int) -> Iterator[tuple[Order, dict]]:
                 process.kill()
 
 
-class Progress:
-    """How far the runs have come with what is expected of them."""
+class Runner:
+    """Makes the runs, and says how far they have come with what is expected of them."""
 
     def __init__(self, results: Results, jobs: int, expected: int, ahead: float):
         self.results, self.jobs = results, jobs
@@ -434,16 +433,13 @@ class Progress:
 
 def split_options(argv: list[str], kind: type, base: dict, unread: set[str], subject: str,
                   doc: str) -> tuple[dict, dict]:  # fmt: skip
-    """What files and options give of models and runs, and of the subject's own options, a `kind`; `base` are its
-    defaults. UserError for an option that it leaves `unread`; what a file has besides is for the file's other uses."""
-    kinds = HydraConfig, TrainConfig, kind
+    """What files and options give of models and runs, and of the subject's own options, a `kind`; `base` and `unread`
+    as `configurator.parse` has them."""
     usage = f"usage: python diagnose.py {subject} [config/x.toml ...] [--key=value ...]\n{HOW_READ}"
-    given = parse(argv, *kinds, doc=f"{usage}\n\n{doc.strip()}", base=base, unread=unread)
-    typed = parse([word for word in argv if not word.endswith(".toml") or word.startswith("-")], *kinds)
-    if unread & typed.keys():
-        raise UserError(f"--{min(unread & typed.keys())}: {subject} does not read it: leave it out")
+    doc = f"{usage}\n\n{doc.strip()}"
+    given = parse(argv, HydraConfig, TrainConfig, kind, doc=doc, base=base, unread=unread)
     own = {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
-    return {name: value for name, value in given.items() if name not in unread}, own
+    return given, own
 
 
 def chosen_probes(given: dict, options: RecallConfig) -> list[Probe]:
@@ -533,13 +529,13 @@ def measure_recall(probes: list[Probe], options: RecallConfig, results: Results)
         missing = wanted[probe.name] - sum(key.startswith(f"{probe.name} |") for key in results.content["runs"])
         seconds[probe.name] = seconds_of_run(probe) if missing > 0 else 0.0
         ahead += max(0, missing) * seconds[probe.name]
-    progress = Progress(results, jobs, sum(wanted.values()), ahead)
-    print(f"{progress.expected} runs of up to {first.max_iters} steps, {jobs} at a time: {ahead / jobs / 60:.1f} min "
+    runner = Runner(results, jobs, sum(wanted.values()), ahead)
+    print(f"{runner.expected} runs of up to {first.max_iters} steps, {jobs} at a time: {ahead / jobs / 60:.1f} min "
           f"at most, as a step takes here; a run ends at {100 * ENOUGH:g}%", flush=True)  # fmt: skip
 
     def make(wanted: list[Probe], until: dict[str, int]) -> dict[str, dict]:
         orders = [Order(it.key, partial(train_probe, it, until.get(it.name, 0)), seconds[it.name]) for it in wanted]
-        return dict(zip((it.key for it in wanted), progress.make(orders, said), strict=True))
+        return dict(zip((it.key for it in wanted), runner.make(orders, said), strict=True))
 
     tried = {it.name: [it.at(rate, first.seed) for rate in rates] for it in probes}
     found = make([several[middle] for several in tried.values()], {})
@@ -549,11 +545,11 @@ def measure_recall(probes: list[Probe], options: RecallConfig, results: Results)
     while edges := [(several, rate) for several in tried.values() if (rate := further(several, found))]:
         for several, rate in edges:
             several.append(several[0].at(rate, first.seed))
-            progress.expect(seconds[several[0].name])
+            runner.expect(seconds[several[0].name])
         found |= make([several[-1] for several, _ in edges], {})
     best = {name: best_of(several, found).run.learning_rate for name, several in tried.items()}
     final = [[it.at(best[it.name], seed) for seed in seeds[it.name]] for it in probes]
-    progress.ended -= len(final)  # their first seeds have been counted
+    runner.ended -= len(final)  # their first seeds have been counted
     found |= make([it for several in final for it in several], {})
     return [row_of(several[0], [found[it.key] for it in several]) for several in final]
 
@@ -575,7 +571,7 @@ def main(argv: list[str]) -> int:
     settings = SHAPE | TASKS | given | {name: getattr(run, name) for name in sorted(READ)}
     settings |= {name: getattr(options, name) for name in ("pairs", "noise", "check_every")} | {"tested": TESTED}
     del settings["out_dir"]
-    head = described(f"recall {shlex.join(argv)}")
+    head = described("recall", *argv)
     results = Results(path, "recall", settings, head)
     try:
         rows = measure_recall(probes, options, results)

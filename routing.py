@@ -47,6 +47,11 @@ def recursion_tokens(recursions: int, T: int) -> list[int]:
     return [max(1, T * (recursions - i) // recursions) for i in range(recursions)]
 
 
+def recursion_capacities(recursions: int) -> list[float]:
+    """Part of the tokens of one recursion that the next one has in training: 2/3, 1/2 where there are three."""
+    return [(recursions - i) / (recursions - i + 1) for i in range(1, recursions)]
+
+
 def is_routed(config, layer: int) -> bool:
     """Whether a block has a router: every other one, where there is a capacity."""
     return config.mod_capacity > 0 and layer % 2 == 1
@@ -107,8 +112,8 @@ def make_router(config, capacity: float, aux_weight: float, number: int) -> Rout
 
 def recursion_routers(config) -> list[Router | RandomRouter]:
     """Of all recursions but the first."""
-    tokens = [config.mor_recursions - i for i in range(config.mor_recursions)]
-    return [make_router(config, tokens[i] / tokens[i - 1], config.mor_aux, -i) for i in range(1, len(tokens))]
+    parts = recursion_capacities(config.mor_recursions)
+    return [make_router(config, part, config.mor_aux, -i) for i, part in enumerate(parts, 1)]
 
 
 class Selection(NamedTuple):

@@ -7,7 +7,6 @@ logarithm of the parameters, with 95% intervals. Beyond three times the largest 
 """
 
 import math
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from operator import itemgetter
@@ -19,7 +18,7 @@ import torch
 
 from accounting import count_params
 from bench import UNASKED, Bench, BenchConfig, begin, labelled
-from configurator import UserError, build, cli, need, parse, to_toml
+from configurator import UserError, build, cli, command, need, parse, to_toml
 from contestants import Contestant, step_flops
 from data import Corpus, eval_batches, get_batch, prepare
 from machine import choose_dtype, seconds_of, spread
@@ -28,6 +27,7 @@ from student import t_quantile
 from train import BY_RULE, TrainConfig
 
 CONFIGS = Path(__file__).parent / "config"
+UNREAD = ("peers", "prompt_tokens", "new_tokens", "context")  # nothing is generated
 STEP_TOKENS = 256
 EVALUATIONS = 16  # texts of the evaluation
 LONGEST = 240  # seconds: on a CPU a shape that takes longer is not measured
@@ -175,17 +175,15 @@ def main(argv: list[str]) -> int:
     for word in argv:
         if word.endswith(".toml") and not word.startswith("-"):
             raise UserError(f"{word!r}: scaling has its own files, config/scale_*.toml: give it --key=value only")
-    given = parse(argv, HydraConfig, BenchConfig, doc=__doc__)
+    given = parse(argv, HydraConfig, BenchConfig, doc=__doc__, unread=UNREAD)
     own = {option.name: given.pop(option.name) for option in fields(BenchConfig) if option.name in given}
-    for name in own.keys() & {"peers", "prompt_tokens", "new_tokens", "context"}:
-        raise UserError(f"{name}={own[name]!r}: scaling trains and evaluates, it generates nothing: leave it out")
     (options,) = build(own, BenchConfig)
     presets = []
     for path in CONFIGS.glob("scale_*.toml"):
         config, run = build(given, HydraConfig, TrainConfig, base=parse([str(path)], HydraConfig, TrainConfig))
         presets.append(Preset(count_params(config), path.stem, config, run))
     about = f"{len(presets)} presets of config/scale_*.toml"
-    facts = {"config": to_toml(options), "overrides": given, "command": f"python scaling.py {shlex.join(argv)}".strip()}
+    facts = {"config": to_toml(options), "overrides": given, "command": command("scaling.py", *argv)}
     bench = begin(options, None, about, False, facts)
     bench.take("scaling", scaling_table(bench, sorted(presets, key=itemgetter(0, 1))))
     return 1 if bench.failed else 0

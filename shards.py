@@ -162,7 +162,7 @@ def validation_shards(val_data: str) -> list[Path]:
     return found
 
 
-def copies(shards: Iterable[Shard], others: Iterable[Shard]) -> list[Path]:
+def repeats(shards: Iterable[Shard], others: Iterable[Shard]) -> list[Path]:
     """Which of the `others` look like one of the shards."""
     known = {hashlib.sha256(shard.content()).digest() for shard in shards}
     return [shard.path for shard in others if hashlib.sha256(shard.content()).digest() in known]

@@ -19,7 +19,7 @@ def is_spike(loss: Tensor, running: Tensor, spike: float) -> Tensor:
     return (count >= WATCHED) & (loss > mean + spike * variance.sqrt())
 
 
-def watch(running: Tensor, loss: Tensor, updated: Tensor) -> None:
+def update_running(running: Tensor, loss: Tensor, updated: Tensor) -> None:
     """Add a loss to `running` if its step was `updated`: plain mean and variance at first, exponential ones later."""
     count, mean, variance = running.unbind()
     part = (1 / (count + 1)).clamp(min=MEMORY)

@@ -15,7 +15,6 @@ Left out: the report's own sizes, precision and initialisation.
 
 import json
 import math
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -167,7 +166,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)  # as the runs have it
     corpus = read_corpus(every[0].config, every[0].run)
     measure = "val_bpb" if token_bytes(corpus.enc, every[0].config.vocab_size).any() else "val_loss"
-    head = described(f"stability {shlex.join(argv)}") | {
+    head = described("stability", *argv) | {
         "corpus": corpus.description, "fingerprint": corpus.fingerprint, "measure": UNITS[measure],
         "config": asdict(every[0].config) | asdict(every[0].run), "variants": variants()}  # fmt: skip
     with open_log(out) as log:

@@ -30,7 +30,7 @@ import checkpoints
 import runs
 from accounting import count_params, plan_lines
 from attention import KINDS, letters_help
-from checkpoints import Kept, Progress, Source
+from checkpoints import Kept, Origin, Progress
 from configurator import AnyPath, UserError, build, cli, need, parse, to_toml
 from data import (
     Batch,
@@ -63,7 +63,7 @@ from schedule import (
     step_work,
     steps_of,
 )
-from soundness import is_spike, unsound, watch
+from soundness import is_spike, unsound, update_running
 
 BY_RULE = ("routed_fraction", "mean_depth")  # routing statistics that an evaluation has too
 
@@ -190,7 +190,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
     updated = loss.isfinite() & norm.isfinite()
     if spike:
         updated = updated & ~is_spike(loss, running, spike)
-        watch(running, loss, updated)
+        update_running(running, loss, updated)
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = 1.0 - updated.float()  # a fused kernel updates nothing where this is 1, and nobody waits
         optimizer.step()
@@ -230,7 +230,7 @@ def evaluate(model: Hydra, tokens: np.ndarray | Tokens, bytes_V: Tensor, batch_s
 
 
 def configure(argv: list[str], session: runs.Session,
-              ) -> tuple[HydraConfig, TrainConfig, Source | None, Source | None, list[str]]:  # fmt: skip
+              ) -> tuple[HydraConfig, TrainConfig, Origin | None, Origin | None, list[str]]:  # fmt: skip
     """Defaults < a checkpoint's (--resume, --init_from) < files and options -> the two configurations, the checkpoint
     to go on from, the one to take the weights from, and what is to be said about it."""
     kinds = HydraConfig, TrainConfig
@@ -241,7 +241,7 @@ def configure(argv: list[str], session: runs.Session,
         parts = {"model_config": HydraConfig, "train_config": TrainConfig}
         other, notes = checkpoints.load_checkpoint(path, parts, option="init_from")
         base = other["model_config"] | {"tokenizer": other["train_config"]["tokenizer"]}
-        return *build(given, *kinds, base=base), None, Source(path, other), notes
+        return *build(given, *kinds, base=base), None, Origin(path, other), notes
     if not where.resume:
         return *build(given, *kinds), None, None, []
     path = Path(where.out_dir, "last.pt")
@@ -266,7 +266,7 @@ def configure(argv: list[str], session: runs.Session,
     if not run.max_seconds and planned_steps(config, run) < checkpoint["step"]:
         asked = f"{end_of(run)}={getattr(run, end_of(run))!r}"
         raise UserError(f"{asked}: the run in {run.out_dir} is at step {checkpoint['step']}: ask for more")
-    return config, run, Source(path, checkpoint), None, notes + resumed_with(config, run, checkpoint)
+    return config, run, Origin(path, checkpoint), None, notes + resumed_with(config, run, checkpoint)
 
 
 def step_batches(tokens: np.ndarray | Tokens, config: HydraConfig, run: TrainConfig, rows: slice,
@@ -288,7 +288,7 @@ def read_corpus(config: HydraConfig, run: TrainConfig) -> Corpus:
     return corpus
 
 
-def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Source | None, initial: Source | None,
+def begin(model: Hydra, optimizer: torch.optim.Optimizer, source: Origin | None, initial: Origin | None,
           run: TrainConfig, ids: dict[str, str], ranks: Ranks) -> Progress:  # fmt: skip
     """What a run goes on from: its own checkpoint, the weights of another run, or nothing."""
     if source:
@@ -327,7 +327,7 @@ class Setup(NamedTuple):
     batches: Prefetch
 
 
-def set_up(config: HydraConfig, run: TrainConfig, source: Source | None, ranks: Ranks, device: str,
+def set_up(config: HydraConfig, run: TrainConfig, source: Origin | None, ranks: Ranks, device: str,
            session: runs.Session) -> Setup:  # fmt: skip
     """The machine and the text; UserError where they are not fit for each other, before anything is written."""
     rows = ranks.rows(run.batch_size)
@@ -356,7 +356,7 @@ def make_model(it: Setup) -> tuple[Hydra, nn.Module, dict[str, tuple[str, str]]]
     return model, trained, model.backends(it.machine.compiled, grad=True)
 
 
-def open_run(it: Setup, backends: dict[str, tuple[str, str]], notes: list[str], step: int, source: Source | None,
+def open_run(it: Setup, backends: dict[str, tuple[str, str]], notes: list[str], step: int, source: Origin | None,
              evaluates: bool) -> tuple[runs.RunLog, float]:  # fmt: skip
     """The run's folder, in which it begins at `step`, and what was chosen and why, said and logged -> the log, and the
     lowest validation loss that it has."""

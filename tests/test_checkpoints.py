@@ -849,17 +849,17 @@ def test_the_running_loss_is_a_mean_at_first_and_exponential_later():
     running = torch.zeros(3)
     values = rng.normal(5, 1, 300).astype(np.float32)
     for value in values[:50]:
-        soundness.watch(running, torch.tensor(value), torch.tensor(True))
+        soundness.update_running(running, torch.tensor(value), torch.tensor(True))
     assert running.tolist() == pytest.approx([50, values[:50].mean(), values[:50].var()], rel=1e-4)
     mean, variance = values[:50].mean(), values[:50].var()
     for value in values[50:]:
-        soundness.watch(running, torch.tensor(value), torch.tensor(True))
+        soundness.update_running(running, torch.tensor(value), torch.tensor(True))
         variance = 0.98 * (variance + 0.02 * (value - mean) ** 2)
         mean += 0.02 * (value - mean)
     assert running.tolist() == pytest.approx([300, mean, variance], rel=1e-4)
     before = running.clone()
     for value in (math.nan, math.inf, 100.0):
-        soundness.watch(running, torch.tensor(value), torch.tensor(False))
+        soundness.update_running(running, torch.tensor(value), torch.tensor(False))
     assert torch.equal(running, before)
     bound = mean + 3 * math.sqrt(variance)
     for value, is_spike in ((bound + 0.01, True), (bound - 0.01, False), (-100.0, False)):

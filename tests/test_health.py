@@ -124,7 +124,7 @@ def test_what_a_layer_adds_is_what_its_scale_lets_through():
             if name.endswith("layer_scale"):
                 p.data.fill_(scale)
         patient = health.Patient(Path("it"), {}, model, TrainConfig(), None, [])
-        return health.watch(patient, health.Windows("it", [(idx, idx)], None, 0))[0].layers[0].squares["attention"]
+        return health.observe(patient, health.Windows("it", [(idx, idx)], None, 0))[0].layers[0].squares["attention"]
 
     assert added("one") == pytest.approx(4 * added("fixed")) == pytest.approx(added("learned"))
     assert added("learned", 2.0) == pytest.approx(4 * added("learned"))
@@ -194,7 +194,7 @@ def spans(model: Hydra, T: int = 32) -> list[dict]:
     torch.manual_seed(1)
     batches = [tuple(torch.randint(257, (2, 1, T)).unbind()) for _ in range(2)]
     patient = health.Patient(Path("it"), {}, model.eval(), TrainConfig(), None, [])
-    seen, _, _ = health.watch(patient, health.Windows("random", batches, None, 0))
+    seen, _, _ = health.observe(patient, health.Windows("random", batches, None, 0))
     return [health.spans_of(layer) for layer in seen.layers]
 
 
@@ -223,7 +223,7 @@ def test_documents_bound_the_span():
     model.end_token = 7
     idx = torch.arange(32)[None] % 8
     patient = health.Patient(Path("it"), {}, model.eval(), TrainConfig(), None, [])
-    seen, _, _ = health.watch(patient, health.Windows("it", [(idx, idx)], None, 0))
+    seen, _, _ = health.observe(patient, health.Windows("it", [(idx, idx)], None, 0))
     for layer in seen.layers:
         assert health.spans_of(layer)["span"] == pytest.approx([7 / 4] * 2, rel=1e-5)
 
@@ -290,7 +290,7 @@ def test_a_head_that_looks_back_by_its_values_is_counted_at_true_positions():
     model.blocks[1].router.weight.data.zero_()[0] = 1.0
     idx = torch.arange(32)[None]  # every fourth token goes through the second layer
     patient = health.Patient(Path("it"), {}, model, TrainConfig(), None, [])
-    seen, choices, _ = health.watch(patient, health.Windows("it", [(idx, idx)], None, 0))
+    seen, choices, _ = health.observe(patient, health.Windows("it", [(idx, idx)], None, 0))
     assert choices == [[("block 1", list(range(32)), list(range(0, 32, 4)))]]
     assert health.spans_of(seen.layers[1])["span"] == pytest.approx([4 * 7 / 4] * 2, rel=1e-5)
 
@@ -329,7 +329,7 @@ def test_the_routers_choices_are_those_of_the_model(keys, monkeypatch):
     monkeypatch.setattr("routing.select_positive", select)
     patient = health.Patient(Path("it"), {}, model, TrainConfig(), None, [])
     idx = torch.randint(257, (1, 32))
-    _, (choices,), _ = health.watch(patient, health.Windows("it", [(idx, idx)], None, 0))
+    _, (choices,), _ = health.observe(patient, health.Windows("it", [(idx, idx)], None, 0))
     assert [(sorted(it.candidates), sorted(it.selected)) for it in choices] == expected and len(expected) == 3 * 2 + 2
     blocks = ["block 1", "block 3"]
     assert [it.name for it in choices] == [*blocks, "recursion 2", *blocks, "recursion 3", *blocks]

@@ -324,11 +324,11 @@ def test_on_cuda_a_time_is_between_two_events_of_the_devices_stream(monkeypatch)
 
 def test_copies_between_two_uses_of_one_are_twice_the_cache(monkeypatch):
     x = torch.randn(4, 8)
-    assert machine.cache_bytes(CPU) == 0 and [t is x for t in machine.copies(x, 0)] == [True]
-    found = machine.copies(x, 100)
+    assert machine.cache_bytes(CPU) == 0 and [t is x for t in machine.cold_copies(x, 0)] == [True]
+    found = machine.cold_copies(x, 100)
     assert len({t.data_ptr() for t in found}) == len(found) == 3 and found[0] is x
     assert sum(t.nbytes for t in found[1:]) >= 2 * 100 and all(torch.equal(t, x) for t in found)
-    assert len(machine.copies(x, 10**9)) == machine.MAX_COPIES
+    assert len(machine.cold_copies(x, 10**9)) == machine.MAX_COPIES
     gpu = SimpleNamespace(L2_cache_size=50 * 2**20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: {"cuda:1": gpu}[str(device)])
     assert machine.cache_bytes(torch.device("cuda:1")) == 50 * 2**20

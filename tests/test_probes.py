@@ -237,7 +237,8 @@ def test_recall_goes_on_where_it_stopped(capsys, monkeypatch):
     monkeypatch.setattr(probes, "train_probe", interrupted)
     assert diagnose.main([*args, "--json=parts.json"]) == 130
     assert len(json.loads(Path("parts.json").read_text())["runs"]) == 7
-    assert "7 runs are in parts.json; to go on: python diagnose.py recall" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "7 runs are in parts.json; to go on: python " in out and "diagnose.py recall" in out
     monkeypatch.setattr(probes, "train_probe", real)
     assert diagnose.main([*args, "--json=parts.json"]) == 0
     assert numbers("parts.json") == numbers("whole.json")
@@ -289,8 +290,8 @@ def test_recall_in_processes_finds_the_same():
     (["recall", "--variants=A,B"], "variants: 'B' is none of mqar,induction: use A, A fair"),
     (["recall", "--variants=no"], "variants: 'no' is none of mqar,induct"), (["recall", "--json=."], "it is no file"),
     (["recall", "--variants=window 8", "--tasks=mqar"], "variants: 'window 8' is none of mqar: use A, A fair"),
-    (["recall", "--pattern=G"], "--pattern: recall does not read it"), (["stability", "--json=."], "it is no file"),
-    (["recall", "--data=x.txt"], "--data: recall does not read it"), (["recall", "--seeds=0"], "seeds=0"),
+    (["recall", "--pattern=G"], "--pattern: this program does not read"), (["stability", "--json=."], "it is no file"),
+    (["recall", "--data=x.txt"], "--data: this program does not read it"), (["recall", "--seeds=0"], "seeds=0"),
     (["recall", "--json=no/such.json"], "its folder does not exist"), (["recall", "--sedes=1"], "unknown key"),
     (["stability", "--high=1"], "high=1.0: choose a factor above 1"),
     (["recall", "--max_iters=0"], "max_iters=0: nothing would be trained"),
@@ -299,7 +300,7 @@ def test_recall_in_processes_finds_the_same():
     (["recall", "--tasks=induction", "--vocab_size=3000000000"], "an evaluation needs 98,304.0 GB, of which there"),
     (["stability", "--max_iters=0"], "max_iters=0: nothing would be trained"),
     (["stability", "--learning_rate=0"], "learning_rate=0.0: there is nothing to be high beside"),
-    (["stability", "--profile=3"], "--profile: stability does not read it"),
+    (["stability", "--profile=3"], "--profile: this program does not read it"),
 ])  # fmt: skip
 def test_errors_are_one_line(args, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:

@@ -170,7 +170,7 @@ def test_a_failure_is_a_row(stored, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--context=8"], "context=8: scaling trains and evaluates"),
+    (["--context=8"], "--context: this program does not read it: leave it out"), (["--peers"], "--peers: this"),
     (["config/tiny.toml"], "scaling has its own files"), (["--pears"], "unknown key"), (["--rounds=0"], "rounds=0"),
     (["--dim=33"], "dim=33"), (["--json=no/such/x.json"], "its folder does not exist"),
 ])  # fmt: skip
