@@ -9,7 +9,7 @@ Each file is a contestant, options hold for all of them; the first one is what t
 - `equal`: the first contestant's tokens, training FLOPs or seconds. Its run ends by max_iters, max_tokens or max_flops;
   seconds are max_seconds, else what it took for its tokens, and those runs are made one at a time. Rates are looked for
   at equal tokens alone. A warmup that is no option stays the part of a run that it is in the file; at equal seconds by
-  the pace of the search, if there is one.
+  the pace of the search, if there is one. How often is evaluated, and on how much, is no matter of the files.
 - The runs are train.py's, in OUT_DIR/CONTESTANT/.. (trials.py): a comparison that was stopped goes on where it was. A
   file that is named twice is two contestants.
 The last line is one JSON object; OUT_DIR/compare.json has the learning curves too, for plot.py, and
@@ -31,18 +31,18 @@ import torch
 
 from accounting import count_params, flops_per_token, state_bytes
 from attention import letters_help
-from configurator import AnyPath, UserError, build, cli, command, need, need_file, parse, to_toml
-from data import Corpus, eval_batches, token_bytes
+from configurator import AnyPath, UserError, at_home, build, cli, command, need, need_file, parse, to_toml
+from data import Corpus, eval_batches, token_bytes, tokenizer_hash
 from files import write_text
 from layers import IGNORE
 from machine import choose_compile, choose_device, choose_dtype, cores, describe
 from model import HydraConfig
 from parallel import launched
 from runs import aligned
-from schedule import planned_steps, step_work
+from schedule import STOPS, end_of, planned_steps, step_work
 from student import t_p, t_quantile
 from train import TrainConfig, read_corpus
-from trials import UNITS, Outcome, Team, Trial, open_log
+from trials import UNITS, Outcome, Team, Text, Trial, open_log
 
 BASES = ("tokens", "flops", "seconds")
 REACH = 6  # rates are tried up to sqrt(2)**REACH times the file's, and down to that part of it
@@ -52,8 +52,9 @@ POINTS = 5  # evaluations of a learning curve
 VALIDATION = {"curve": (2**13, 1 / 50), "rate": (2**14, 1 / 8), "seed": (2**16, 1 / 2)}
 FEW = 5  # tokens a parameter, below which a run rewards what learns fastest at first
 OWN = {"out_dir": "out_compare"}  # defaults
-UNREAD = ("resume", "plan", "profile")
+UNREAD = ("resume", "plan", "profile", "init_from")
 SAME_TEXT = ("data", "val_data", "val_fraction", "text_field")
+SAME_MACHINE = ("device", "dtype", "compile")
 SAME_BATCHES = ("batch_size", "gradient_accumulation_steps", "sampling", "tokenizer", "seed")
 
 
@@ -123,6 +124,8 @@ def next_powers(losses: dict[int, float], wanted: int) -> list[int]:
         below, above = max(missing, int(best == low)), 0
     else:
         below, above = 0, max(missing, int(best == high))
+    if missing:  # what there is no room for on one side is tried on the other
+        below, above = max(below, missing - (REACH - high)), max(above, missing - (REACH + low))
     return [k for k in (*range(low - below, low), *range(high + 1, high + 1 + above)) if abs(k) <= REACH]
 
 
@@ -159,14 +162,19 @@ class Entrant(NamedTuple):
 
 def read_entrants(paths: list[str], given: dict) -> Iterator[Entrant]:
     kinds = HydraConfig, TrainConfig
-    names = [Path(path).stem for path in paths]
-    for i, path in enumerate(paths):
+    length = {"max_iters", "warmup_iters", *STOPS}
+    others = {name: value for name, value in given.items() if name not in length}
+    names: set[str] = set()
+    for path in paths:
         stored = parse([path], *kinds)
-        plain = build(stored, *kinds)
+        plain = build(others, *kinds, base=stored)
         warmup = min(1.0, plain[1].warmup_iters / max(1, planned_steps(*plain)))
-        name = names[i]
-        if name in names[:i]:
-            name += f"~{names[: i + 1].count(name)}"
+        stem = Path(path).stem
+        if stem.startswith(".") or Path(stem).suffix in (".toml", ".json", ".jsonl", ".txt"):
+            raise UserError(f"{path!r}: a contestant's folder has the name of its file, which {stem!r} cannot be: "
+                            "rename it")  # fmt: skip
+        name = next(name for name in (stem, *(f"{stem}~{i + 2}" for i in range(len(paths)))) if name not in names)
+        names.add(name)
         yield Entrant(name, *build(given, *kinds, base=stored), None if "warmup_iters" in given else warmup)
 
 
@@ -185,11 +193,17 @@ def configure(argv: list[str]) -> tuple[CompareConfig, dict, list[Entrant]]:
         raise UserError("compare.py starts its own processes: run it without torchrun")
     if not paths:
         raise UserError("nothing to compare: name configurations, such as config/tiny.toml config/tiny_mha.toml")
-    entrants = list(read_entrants(paths, given))
+    build({"max_seconds": given.get("max_seconds", 0.0)}, TrainConfig)
+    entrants = list(read_entrants(paths, {name: value for name, value in given.items() if name != "max_seconds"}))
     if planned_steps(entrants[0].config, entrants[0].run) == 0:
         raise UserError(f"max_iters=0 of {entrants[0].name}: nothing would be trained: ask for more")
-    if entrants[0].run.max_seconds and "seconds" not in options.bases:
-        raise UserError(f"max_seconds={entrants[0].run.max_seconds}: give --equal=seconds too, or leave it out")
+    seconds = given.get("max_seconds") or entrants[0].run.max_seconds
+    if seconds and "seconds" not in options.bases:
+        raise UserError(f"max_seconds={seconds}: give --equal=seconds too, or leave it out")
+    stop = end_of(entrants[0].run)
+    if "max_iters" in given and stop in ("max_tokens", "max_flops"):
+        raise UserError(f"max_iters={given['max_iters']}: {stop}={getattr(entrants[0].run, stop)} ends the run of "
+                        f"{entrants[0].name}: leave one out, or set --{stop}=0")  # fmt: skip
     for it in entrants:
         for name in UNREAD:
             if getattr(it.run, name):
@@ -198,6 +212,10 @@ def configure(argv: list[str]) -> tuple[CompareConfig, dict, list[Entrant]]:
         for name in SAME_TEXT:
             if getattr(it.run, name) != getattr(entrants[0].run, name):
                 raise UserError(f"{name}={getattr(it.run, name)!r} of {it.name}: losses compare on one text only: give "
+                                f"--{name} for all")  # fmt: skip
+        for name in SAME_MACHINE:
+            if getattr(it.run, name) != getattr(entrants[0].run, name):
+                raise UserError(f"{name}={getattr(it.run, name)!r} of {it.name}: all runs are made alike: give "
                                 f"--{name} for all")  # fmt: skip
         if options.rates and it.run.learning_rate == 0:
             raise UserError(f"learning_rate=0.0 of {it.name}: there is nothing around it to try: set one, or --rates=0")
@@ -220,10 +238,16 @@ class Contest(NamedTuple):
     entrants: list[Entrant]
     out: Path
     jobs: int
+    validation: dict[str, int] = {}  # tokens on which each one's seeds are evaluated
 
     @property
     def first(self) -> Entrant:
         return self.entrants[0]
+
+    @property
+    def seconds(self) -> float:
+        """For which all train at equal seconds, if that was said."""
+        return self.given.get("max_seconds") or self.first.run.max_seconds
 
     def steps(self, it: Entrant, basis: str) -> int:
         """With which a contestant has the first one's FLOPs, or else its tokens."""
@@ -268,26 +292,25 @@ class Contest(NamedTuple):
 
     def seed_trials(self, it: Entrant, basis: str, rate: float, seconds: float = 0.0,
                     pace: float = 0.0) -> list[Trial]:  # fmt: skip
-        """A run for each seed; at equal seconds it ends after so many, of which a step takes about `pace`, if known."""
+        """A run for each seed; at equal seconds it ends after so many, of which a step takes about `pace`, if known.
+        Where they are those of the first one's run, its work stands for them, done by all jobs at a time."""
         steps = max(1, round(seconds / pace)) if pace else self.steps(it, basis)
         evaluations = {"eval_interval": math.ceil(steps / POINTS), "eval_iters": self.batches(it, "curve"),
                        "final_eval_iters": self.batches(it, "seed")}  # fmt: skip
         evaluations |= {name: self.given[name] for name in evaluations.keys() & self.given.keys()}
-        found = []
+        found, alone = [], basis == "seconds"
+        work = self.jobs * self.seed_trials(self.first, "tokens", rate)[0].work if alone and not self.seconds else 0.0
         for seed in range(it.run.seed, it.run.seed + self.options.seeds):
-            length = f"{seconds:g}-seconds" if basis == "seconds" else f"{steps}-steps"
+            length = f"{seconds:g}-seconds" if alone else f"{steps}-steps"
             run = self.run_of(it, steps, rate, f"{length}/seed-{seed}-rate-{rate:g}",
                               evaluations | {"seed": seed, "max_seconds": seconds})  # fmt: skip
-            work = work_of(it.config, run)
-            if basis == "seconds":  # of the first one's run, in whose time it keeps all jobs busy
-                work = self.jobs * self.seed_trials(self.first, "tokens", rate)[0].work
-            found.append(Trial(it.config, run, work, basis == "seconds"))
+            found.append(Trial(it.config, run, work if alone else work_of(it.config, run), alone, self.seconds * alone))
         return found
 
     def expected(self) -> list[Trial]:
         """All runs, as far as they are known, at any rates."""
         found = [self.rate_trial(it, power) for it in self.entrants for power in range(self.options.rates)]
-        if "seconds" in self.options.bases and not self.first.run.max_seconds:
+        if "seconds" in self.options.bases and not self.seconds:
             found += self.seed_trials(self.first, "tokens", 1.0)  # whose seconds count
         for basis in self.options.bases:
             for it in self.entrants:
@@ -316,8 +339,8 @@ def search(contest: Contest, team: Team) -> dict[str, dict[float, float]]:
 
 def seconds_of_first(contest: Contest, team: Team, rate: float) -> float:
     """For which all train at equal seconds."""
-    if contest.first.run.max_seconds:
-        return contest.first.run.max_seconds
+    if contest.seconds:
+        return contest.seconds
     made = team.make(contest.seed_trials(contest.first, "tokens", rate))
     found = [outcome.seconds for outcome in made if outcome.loss is not None]
     if not found:
@@ -387,12 +410,17 @@ def table(rows: list[dict]) -> Iterator[str]:
     return aligned(lines)
 
 
+def few(number: float) -> str:
+    """In two digits."""
+    return f"{number:.2g}" if number < 99.5 else f"{number:,.0f}"
+
+
 def markdown(found: dict) -> Iterator[str]:
     """The tables of a stored comparison, lines of a README."""
     for basis, result in found["bases"].items():
         lines = [["contestant", "rate", "tokens/parameter", "training FLOPs", "state bytes/token", "mean (sd)",
                   f"against {found['reference']}, 95% interval", "p", "verdict"]]  # fmt: skip
-        reference = next(row["losses"] for row in result["rows"] if row["contestant"] == found["reference"])
+        reference = {row["contestant"]: row["losses"] for row in result["rows"]}[found["reference"]]
         for row in result["rows"]:
             mean = "diverged" if row["mean"] is None else f"{row['mean']:.4f}"
             if row["sd"] is not None:
@@ -404,7 +432,7 @@ def markdown(found: dict) -> Iterator[str]:
                 against = f"{part:+.1%}: {row['difference']:+.4f} "
                 against += f"({row['low']:+.4f} to {row['high']:+.4f})"
                 p = f"{row['p']:.2g}"
-            lines.append([row["contestant"], f"{row['rate']:.3g}", f"{row['tokens_per_parameter']:.2g}",
+            lines.append([row["contestant"], f"{row['rate']:.3g}", few(row["tokens_per_parameter"]),
                           f"{row['flops']:.3g}", f"{row['state_bytes_per_token']:,.0f}", mean, against, p,
                           row["verdict"]])  # fmt: skip
         seeds = "1 seed" if row["runs"] == 1 else f"{row['runs']} seeds"
@@ -433,6 +461,7 @@ def stored(word: str) -> Path | None:
     """The file of a comparison that a word names, itself or by its folder."""
     if word.startswith("-"):
         return None
+    word = at_home(word)
     inside = Path(word, "compare.json")
     return Path(word) if word.endswith(".json") else inside if os.path.exists(inside) else None
 
@@ -443,6 +472,8 @@ def print_stored(argv: list[str]) -> int:
     for word in argv:
         if word.startswith("--against="):
             against = word.partition("=")[2]
+            if not against:
+                raise UserError("against='': name the contestant that the others are paired with")
         elif (path := stored(word)) is None:
             raise UserError(f"{word!r}: stored comparisons take nothing but --against=CONTESTANT: leave it out")
         else:
@@ -471,6 +502,9 @@ def remarks(contest: Contest, tried: dict[str, dict[float, float]], rows: dict[s
         size = count_params(it.config) / count_params(first.config) - 1
         if abs(size) > 0.01:
             yield f"{it.name} has {size:+.1%} of {first.name}'s parameters: more than 1% apart"
+        tokens = [contest.validation.get(other.name) for other in (it, first)]
+        if tokens[0] != tokens[1]:
+            yield f"{it.name} is evaluated on {tokens[0]:,} tokens, {first.name} on {tokens[1]:,}"
         same = all(getattr(it.run, name) == getattr(first.run, name) for name in SAME_BATCHES)
         if not same or it.config.block_size != first.config.block_size:
             yield f"{it.name} does not see the batches of {first.name}: a seed has nothing but its number in common"
@@ -490,14 +524,21 @@ def remarks(contest: Contest, tried: dict[str, dict[float, float]], rows: dict[s
         yield f"seconds at equal {' and '.join(together)} are those of runs {contest.jobs} at a time"
 
 
-def read_corpora(entrants: list[Entrant]) -> tuple[Corpus, str]:
-    """The first contestant's; the measure in which losses compare. The token files of all are made."""
+def read_corpora(entrants: list[Entrant]) -> tuple[list[Corpus], str]:
+    """Of all; and the measure in which losses compare."""
     corpora = [read_corpus(it.config, it.run) for it in entrants]
     known = [token_bytes(corpus.enc, it.config.vocab_size).any() for corpus, it in zip(corpora, entrants, strict=True)]
     if not all(known) and len({it.run.tokenizer for it in entrants}) > 1:
         raise UserError("tokenizer: losses of different tokens compare in bits per byte only, and not all of these "
                         "have known bytes: give --tokenizer for all")  # fmt: skip
-    return corpora[0], "val_bpb" if all(known) else "val_loss"
+    return corpora, "val_bpb" if all(known) else "val_loss"
+
+
+def validation_tokens(contest: Contest, it: Entrant, corpus: Corpus) -> int:
+    """On which a contestant's seeds are evaluated."""
+    run, length = contest.seed_trials(it, "tokens", 1.0)[0].run, it.config.block_size
+    batches = eval_batches(corpus.val, run.batch_size, length, run.batch_size * run.final_eval_iters)
+    return sum(int((y != IGNORE).sum()) for _, y in batches)
 
 
 def contend(contest: Contest, team: Team) -> dict:
@@ -516,6 +557,7 @@ def contend(contest: Contest, team: Team) -> dict:
         if losses:
             rates[it.name] = best_rate(tried[it.name])
         contestants[it.name] = {"rate": rates[it.name], "search": list(losses.items()),
+                                "validation_tokens": contest.validation[it.name],
                                 "config": asdict(it.config) | asdict(it.run)}  # fmt: skip
     for basis in contest.options.bases:
         found = seed_outcomes(contest, team, basis, rates)
@@ -527,7 +569,8 @@ def contend(contest: Contest, team: Team) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    if any(map(stored, argv)):
+    new = any(word.endswith(".toml") or word in ("-h", "--help") for word in argv)
+    if any(map(stored, argv)) and not new:
         return print_stored(argv)
     options, given, entrants = configure(argv)
     out = Path((OWN | given)["out_dir"])
@@ -535,20 +578,21 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)  # as the runs have it: what this machine does best is found out by measuring
     shared = contest.shared()
     contest = contest._replace(entrants=[it._replace(run=replace(it.run, **shared)) for it in entrants])
-    corpus, measure = read_corpora(contest.entrants)
-    last = contest.seed_trials(contest.first, "tokens", 1.0)[0]
-    windows = last.run.batch_size * last.run.final_eval_iters
-    validation = eval_batches(corpus.val, last.run.batch_size, last.config.block_size, windows)
+    corpora, measure = read_corpora(contest.entrants)
+    pairs = list(zip(contest.entrants, corpora, strict=True))
+    contest = contest._replace(validation={it.name: validation_tokens(contest, it, corpus) for it, corpus in pairs})
+    corpus = corpora[0]
+    text = Text(corpus.fingerprint, {it.run.tokenizer: tokenizer_hash(its.enc) for it, its in pairs})
     head = describe(torch.device(shared["device"])) | shared | {
         "jobs": contest.jobs, "command": command("compare.py", *argv), "corpus": corpus.description,
         "fingerprint": corpus.fingerprint, "measure": UNITS[measure], "reference": contest.first.name,
-        "validation_tokens": sum(int((y != IGNORE).sum()) for _, y in validation)}  # fmt: skip
+        "validation_tokens": contest.validation[contest.first.name]}  # fmt: skip
     with open_log(out) as log:
         write_text(out / "config.toml", to_toml(options))
         log.write(json.dumps(head) + "\n")
         print(f"{corpus.description}\n{contest.jobs} runs at a time, each on one thread of {shared['device']}, in "
               f"{shared['dtype']}, compile={shared['compile']}", flush=True)  # fmt: skip
-        team = Team(out, contest.jobs, corpus.fingerprint, measure, options.keep, log)
+        team = Team(out, contest.jobs, text, measure, options.keep, log)
         try:
             with team:
                 result = head | contend(contest, team)

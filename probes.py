@@ -48,6 +48,7 @@ from model import Hydra, HydraConfig
 from runs import clock
 from schedule import learning_rate_at
 from train import TrainConfig, make_optimizer, train_step
+from trials import forkserver_of, interrupts_later
 
 # Shapes and runs, which files and options change
 SHAPE = {"dim": 64, "n_head": 4, "n_kv_head": 2, "n_layer": 2, "compression": 2, "rope_theta": 100.0}
@@ -372,6 +373,7 @@ def end_with_parent() -> None:
 def begin_process() -> None:
     """A process that makes runs: one thread, and a Ctrl-C of the terminal is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
@@ -382,10 +384,10 @@ def made(orders: list[Order], jobs: int) -> Iterator[tuple[Order, dict]]:
         for order in orders:
             yield order, order.make()
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "probes"])  # which the optimizer imports; seconds for each process
+    context = forkserver_of(["torch._dynamo", "probes"])  # which the optimizer imports; seconds for each process
     with ProcessPoolExecutor(jobs, context, begin_process) as pool:
-        asked = {pool.submit(order.make): order for order in orders}
+        with interrupts_later():  # else those that begin meanwhile miss what the pool has for them
+            asked = {pool.submit(order.make): order for order in orders}
         try:
             for run in as_completed(asked):
                 yield asked[run], run.result()

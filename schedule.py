@@ -59,7 +59,8 @@ def planned_steps(config: HydraConfig, run) -> int:
     if run.max_tokens:
         return (run.max_tokens + tokens - 1) // tokens
     if run.max_flops:
-        return math.ceil(run.max_flops / flops * (1 - 1e-12))  # a whole number of steps is no step more by rounding
+        steps = run.max_flops / flops * (1 - 1e-12)  # a whole number of steps is no step more by rounding
+        return max(1, math.ceil(steps))
     return run.max_iters
 
 
@@ -117,6 +118,11 @@ def resumed_with(config: HydraConfig, run, checkpoint: dict) -> list[str]:
     changed = [name for name, value in began.items() if name not in UNSAID and getattr(run, name) != value]
     if not changed:
         return []
+    stop = end_of(run)
+    for name in changed:
+        if stop in ("max_tokens", "max_flops") and name in ("batch_size", "gradient_accumulation_steps"):
+            raise UserError(f"{name}={getattr(run, name)}: the run ends by {stop}, and its steps so far had "
+                            f"{began[name]}: leave it out, or set --{stop}=0 and --max_iters")  # fmt: skip
     text = ", ".join(f"{name}={getattr(run, name)!r} (before: {began[name]!r})" for name in changed)
     first = replace(run, **began)
     before, after = (learning_rate_at(n, it, steps_of(config, it, step, checkpoint["seconds"]))

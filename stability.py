@@ -24,14 +24,14 @@ from statistics import fmean, median
 import torch
 
 from configurator import AnyPath, build, need, need_file, to_toml
-from data import token_bytes
+from data import token_bytes, tokenizer_hash
 from files import write_text
 from machine import cores
 from model import Hydra, HydraConfig
 from probes import described, split_options
 from schedule import planned_steps, step_work
 from train import TrainConfig, make_optimizer, read_corpus, train_step
-from trials import UNITS, Outcome, Team, Trial, open_log, outcome_of, records_of
+from trials import UNITS, Outcome, Team, Text, Trial, open_log, outcome_of, records_of
 
 SHAPE = {"dim": 128, "n_head": 4, "n_kv_head": 2, "n_layer": 8, "block_size": 128, "mlp_ratio": 2.0}
 RUN = {"batch_size": 4, "max_iters": 300, "warmup_iters": 30, "learning_rate": 1.4e-3, "eval_iters": 1,
@@ -165,6 +165,7 @@ def main(argv: list[str]) -> int:
     jobs = min(options.jobs, cores())
     torch.set_num_threads(1)  # as the runs have it
     corpus = read_corpus(every[0].config, every[0].run)
+    text = Text(corpus.fingerprint, {every[0].run.tokenizer: tokenizer_hash(corpus.enc)})
     measure = "val_bpb" if token_bytes(corpus.enc, every[0].config.vocab_size).any() else "val_loss"
     head = described("stability", *argv) | {
         "corpus": corpus.description, "fingerprint": corpus.fingerprint, "measure": UNITS[measure],
@@ -172,12 +173,12 @@ def main(argv: list[str]) -> int:
     with open_log(out) as log:
         write_text(out / "config.toml", to_toml(options))
         missing = [trial for trial in every
-                   if not outcome_of(records_of(trial, corpus.fingerprint), measure)]  # fmt: skip
+                   if not outcome_of(records_of(trial, text), measure)]  # fmt: skip
         if missing:
             seconds = seconds_of_step(missing[0]) * planned_steps(missing[0].config, missing[0].run) * len(missing)
             print(f"{corpus.description}\n{len(missing)} of {len(every)} runs of train.py, {jobs} at a time: "
                   f"{seconds / jobs / 60:.1f} min, about, as a step takes here", flush=True)  # fmt: skip
-        team = Team(out, jobs, corpus.fingerprint, measure, False, log)
+        team = Team(out, jobs, text, measure, False, log)
         try:
             with team:
                 team.expect(every)
@@ -187,7 +188,7 @@ def main(argv: list[str]) -> int:
             return 130
     runs: dict[tuple, list[dict]] = {}
     for (name, rate), seeds in trials.items():
-        found = [found_in(records_of(trial, corpus.fingerprint), measure, outcomes.pop(0)) for trial in seeds]
+        found = [found_in(records_of(trial, text), measure, outcomes.pop(0)) for trial in seeds]
         runs[name, rate] = found
     rows = [row_of(name, rate, found) for (name, rate), found in runs.items()]
     path = Path(options.json or out / "stability.json")

@@ -263,9 +263,15 @@ def configure(argv: list[str], session: runs.Session,
         config, run = build(given | {"resume": False}, *kinds, base=stored)
     except UserError as error:
         raise UserError(f"going on from {path}: {error}") from error
+    stop = end_of(run)
+    asked = f"{stop}={getattr(run, stop)!r}"
+    if stop != "max_iters" and run.max_iters != stored.get("max_iters", run.max_iters):
+        raise UserError(f"max_iters={run.max_iters}: {asked} ends the run in {run.out_dir}: set --{stop}=0 too")
     if not run.max_seconds and planned_steps(config, run) < checkpoint["step"]:
-        asked = f"{end_of(run)}={getattr(run, end_of(run))!r}"
         raise UserError(f"{asked}: the run in {run.out_dir} is at step {checkpoint['step']}: ask for more")
+    if run.max_seconds != stored.get("max_seconds", 0.0) and 0 < run.max_seconds < checkpoint["seconds"]:
+        seconds = f"{checkpoint['seconds']:.1f}"
+        raise UserError(f"{asked}: the run in {run.out_dir} has trained for {seconds} seconds: ask for more")
     return config, run, Origin(path, checkpoint), None, notes + resumed_with(config, run, checkpoint)
 
 

@@ -6,6 +6,7 @@ Everything is read from the folders: a run that has ended is not trained again, 
 import contextlib
 import gc
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -21,7 +23,7 @@ from typing import NamedTuple, TextIO
 import torch
 
 import train
-from configurator import UserError
+from configurator import UserError, say
 from files import locks, remedy
 from model import HydraConfig
 from runs import clock, log_lines, read_record
@@ -38,10 +40,18 @@ class Trial(NamedTuple):
     run: TrainConfig
     work: float  # FLOPs, about; of a run alone, those of all workers in its time
     alone: bool = False  # no other beside it, since its seconds count
+    seconds: float = 0.0  # of training, where they are known before; then there is no work
 
     @property
     def folder(self) -> Path:
         return Path(self.run.out_dir)
+
+
+class Text(NamedTuple):
+    """What a log says of the text that a run was trained on, besides its options."""
+
+    fingerprint: str
+    tokenizers: dict[str, str]  # hash of what --tokenizer names
 
 
 class Outcome(NamedTuple):
@@ -55,29 +65,38 @@ class Outcome(NamedTuple):
 
 # ---- folders
 
-def records_of(trial: Trial, fingerprint: str) -> list[dict]:
-    """The log in the run's folder, if it is of just this run on the text of this fingerprint."""
+def is_sound(record: dict) -> bool:
+    """Whether what is read of a record is of its kind; a damaged one may be anything."""
+    seconds = record.get("seconds", 0.0)
+    return isinstance(record.get("config", {}), dict) and type(seconds) in (int, float) and 0 <= seconds < math.inf
+
+
+def records_of(trial: Trial, text: Text) -> list[dict]:
+    """The log in the run's folder, if it is of just this run on this text."""
     path = trial.folder / "log.jsonl"
-    lines = log_lines(path) if path.exists() else ()
-    records = [record for record in map(read_record, lines) if record]
+    lines = log_lines(path) if path.is_file() else ()
+    records = [record for record in map(read_record, lines) if record and is_sound(record)]
     wanted = asdict(trial.config) | asdict(trial.run)
     headers = [record for record in records if "config" in record]
     older = asdict(HydraConfig()) | asdict(TrainConfig())  # the options that a log does not have yet
     for header in headers:
         there = older | header["config"]
         differs = {name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)}
-        if differs - WHEREABOUTS or header.get("fingerprint") != fingerprint:
+        tokenizer = text.tokenizers[trial.run.tokenizer]
+        known = header.get("fingerprint"), header.get("tokenizer")
+        if differs - WHEREABOUTS or known != (text.fingerprint, tokenizer):
             return []
     return records if headers else []
 
 
 def outcome_of(records: list[dict], measure: str) -> Outcome | None:
     """By a run's log; None where it has not ended. `measure`: val_bpb or val_loss."""
-    curve = [(r["step"], r["seconds"], r.get(measure)) for r in records if "best" in r and r["step"] > 0]
+    timed = [record for record in records if {"step", "seconds"} <= record.keys()]
+    curve = [(r["step"], r["seconds"], r.get(measure)) for r in timed if "best" in r and r["step"] > 0]
     for record in reversed(records):
-        if record.get("final"):
+        if record.get("final") and record in timed:
             return Outcome(record.get(measure), record["seconds"], record["step"], curve)
-        if "stopped" in record:
+        if "stopped" in record and "step" in record:
             return Outcome(None, curve[-1][1] if curve else 0.0, record["step"], curve)
     return None
 
@@ -91,11 +110,20 @@ def command_of(trial: Trial, begun: bool) -> list[str]:
     return [f"--{option.name}={given[option.name]}" for _, option in options if given[option.name] != option.default]
 
 
+def is_foreign(out: Path) -> bool:
+    """Whether a folder has a file of a run, or of somebody else, under a name that a command with many runs writes."""
+    log = out / "log.jsonl"
+    if (out / "last.pt").exists() or (out / "best.pt").exists() or not log.exists():
+        return any((out / name).exists() for name in ("last.pt", "best.pt", "config.toml"))
+    record = read_record(next(log_lines(log), b"{}"))
+    return record is None or "kind" in record
+
+
 def open_log(out: Path) -> TextIO:
     """The log of a command with many runs, its own alone; with config.toml it is what a folder of them is known by."""
-    if (out / "last.pt").exists():
-        raise UserError(f"out_dir={str(out)!r} holds a run of train.py: choose another folder")
     try:
+        if is_foreign(out):
+            raise UserError(f"out_dir={str(out)!r} holds a run of train.py, or other files: choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         log = (out / "log.jsonl").open("a", encoding="utf-8", buffering=1)
     except OSError as error:
@@ -106,6 +134,27 @@ def open_log(out: Path) -> TextIO:
 
 
 # ---- processes
+
+@contextlib.contextmanager
+def interrupts_later() -> Iterator[None]:
+    """A Ctrl-C of the terminal reaches this process behind it; those that it starts, once they unblock the signal."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def forkserver_of(modules: list[str]) -> multiprocessing.context.ForkServerContext:
+    """What starts processes that have the modules. They begin with Ctrl-C blocked: in their imports it would be a
+    traceback of each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(modules)
+    resource_tracker.ensure_running()  # else the next one would, which unblocks the signal
+    with interrupts_later():
+        forkserver.ensure_running()
+    return context
+
 
 def follow_parent() -> None:
     """Where the parent is gone, stop as by Ctrl-C."""
@@ -127,38 +176,37 @@ def serve(orders: Connection, output: Path) -> None:
     """Trains for every command line that comes; answers with exit code, error and seconds. All that is printed goes to
     the file `output`."""
     os.setpgid(0, 0)  # a Ctrl-C of the terminal is the parent's to pass on: the second signal would not let a run save
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)
     with output.open("a") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
     torch.set_num_threads(1)
     threading.Thread(target=follow_parent, daemon=True).start()
-    while True:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.default_int_handler)
-        try:
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while True:
             argv = orders.recv()
             began = time.perf_counter()
             answer = train_one(argv)
             gc.collect()  # models are in cycles with their hooks and closures
             orders.send((*answer, time.perf_counter() - began))
-        except (EOFError, BrokenPipeError, KeyboardInterrupt):
-            return
 
 
 class Team:
     """`jobs` processes that train, from `with` to its end, where they save the runs that they are in; and how far they
     have come with what is expected of them."""
 
-    def __init__(self, out: Path, jobs: int, fingerprint: str, measure: str, keep: bool, log: TextIO):
-        self.out, self.jobs, self.fingerprint, self.measure = out, jobs, fingerprint, measure
-        self.keep = keep  # the checkpoints of runs that have ended
+    def __init__(self, out: Path, jobs: int, text: Text, measure: str, keep: bool, log: TextIO):
+        self.out, self.jobs, self.text, self.measure = out, jobs, text, measure
+        self.keep = keep  # the checkpoints of runs that it makes to their end
         self.log = log  # gets a JSON object for each of them
         self.workers: dict[Connection, multiprocessing.Process] = {}
         self.idle: list[Connection] = []
         self.busy: dict[Connection, Trial] = {}
         self.ended: set[Path] = set()
         self.expected = 0  # runs
-        self.ahead = 0.0  # work of those that have not ended
+        self.ahead = self.seconds = 0.0  # work of those that have not ended; seconds of those whose time is known
         self.done = self.taken = 0.0  # work of those that this team has made, and the time of all workers for it
 
     def __enter__(self) -> "Team":
@@ -166,11 +214,11 @@ class Team:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.busy:
-            print("stopping: the runs save (once more: at once, unsaved)", flush=True)
         for orders in self.busy:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.workers[orders].pid, signal.SIGINT)
+        if self.busy:
+            say("stopping: the runs save (once more: at once, unsaved)")
         try:
             for orders, process in self.workers.items():
                 orders.close()
@@ -183,13 +231,13 @@ class Team:
 
     def expect(self, trials: list[Trial]) -> None:
         """Runs to come, whatever their rates."""
-        works = {trial.folder: trial.work for trial in trials}
-        self.expected += len(works)
-        self.ahead += sum(works.values())
+        runs = {trial.folder: trial for trial in trials}
+        self.expected += len(runs)
+        self.ahead += sum(trial.work for trial in runs.values())
+        self.seconds += sum(trial.seconds for trial in runs.values())
 
     def hire(self) -> Connection:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch"])
+        context = forkserver_of(["torch"])
         ours, theirs = context.Pipe()
         output = self.out / f"worker-{len(self.workers) + 1}.txt"
         process = context.Process(target=serve, args=(theirs, output))
@@ -226,34 +274,37 @@ class Team:
         """What all of these, alone or not, have come to, trained where they have not ended."""
         orders = []
         for trial in trials:
-            records = records_of(trial, self.fingerprint)
+            records = records_of(trial, self.text)
             if outcome_of(records, self.measure):
                 self.count(trial)
             else:
                 orders.append((trial, command_of(trial, bool(records))))
         jobs = 1 if trials[0].alone else self.jobs
         for trial, seconds in self.train(orders, jobs):
-            self.done += trial.work
-            self.taken += seconds * self.jobs / jobs
+            if trial.work:
+                self.done += trial.work
+                self.taken += seconds * self.jobs / jobs
             self.count(trial, seconds)
-        return [outcome_of(records_of(trial, self.fingerprint), self.measure) for trial in trials]
+        return [outcome_of(records_of(trial, self.text), self.measure) for trial in trials]
 
     def count(self, trial: Trial, seconds: float = 0.0) -> None:
-        """A run has ended: say so, once. Its checkpoints have served."""
-        outcome = outcome_of(records_of(trial, self.fingerprint), self.measure)
+        """A run has ended, in this team after so many seconds, or before: say so, once."""
+        outcome = outcome_of(records_of(trial, self.text), self.measure)
         if outcome is None:
             raise UserError(f"{trial.folder}: the log of its run has no end: delete the folder, then the same command "
                             "goes on")  # fmt: skip
-        for name in () if self.keep else ("last.pt", "best.pt"):
-            (trial.folder / name).unlink(missing_ok=True)
+        for name in ("last.pt", "best.pt") if seconds and not self.keep else ():
+            (trial.folder / name).unlink(missing_ok=True)  # they have served
         if trial.folder in self.ended:
             return
         self.ended.add(trial.folder)
         self.ahead = max(0.0, self.ahead - trial.work)
+        self.seconds = max(0.0, self.seconds - trial.seconds)
         name = str(trial.folder.relative_to(self.out))
         loss = "diverged" if outcome.loss is None else f"{outcome.loss:.4f} {UNITS[self.measure]}"
         text = f"{len(self.ended):3d} of {self.expected} | {name} | {loss}"
         if seconds:
-            text += f" | {seconds:.0f} s | ETA {clock(self.ahead * self.taken / self.done / self.jobs)}"
+            pace = self.taken / self.done / self.jobs if self.done else 0.0
+            text += f" | {seconds:.0f} s | ETA {clock(self.ahead * pace + self.seconds)}"
             self.log.write(json.dumps({"run": name, "loss": outcome.loss, "seconds": seconds}) + "\n")
         print(text, flush=True)

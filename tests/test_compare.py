@@ -124,6 +124,8 @@ def test_rates_are_tried_where_the_lowest_loss_is():
     assert compare.next_powers(losses(-1, 5, 4, 3, 2, 1, 2), 5) == []
     assert compare.next_powers(losses(-2, 1, 2, 3, 4, 5), 5) == [-3]
     assert compare.next_powers(losses(-1, *range(8, 0, -1)), 5) == []  # as far as it goes
+    assert compare.next_powers(losses(-1, 3, 2, 1), 12) == [-5, -4, -3, -2, 2, 3, 4, 5, 6]  # and then on the other side
+    assert compare.next_powers(losses(-1, 1, 2, 3), 13) == [-6, -5, -4, -3, -2, 2, 3, 4, 5, 6]
     assert compare.next_powers(losses(-1, math.inf, math.inf, math.inf), 5) == [-3, -2]  # all diverged: lower
     assert compare.next_powers(losses(-1, 1, 2, math.inf), 3) == [-2]
 
@@ -206,7 +208,7 @@ def test_the_rest_takes_as_long_as_what_is_done_did(made, monkeypatch, capsys, j
     out = capsys.readouterr().out.splitlines()
     assert [line.split("ETA ")[1] for line in out if "ETA" in line and " of 4 | a/" in line] == {
         1: ["0:03", "0:02", "0:01", "0:00"], 2: ["0:01", "0:01", "0:00", "0:00"]}[jobs]
-    run("a.toml", "--rates=0", "--seeds=2", "--max_seconds=0.1", "--equal=seconds", f"--jobs={jobs}")
+    run("a.toml", "--rates=0", "--seeds=2", "--max_seconds=1", "--equal=seconds", f"--jobs={jobs}")
     out = capsys.readouterr().out.splitlines()
     assert [line.split("ETA ")[1] for line in out if "ETA" in line and " of 2 | a/" in line] == ["0:01", "0:00"]
 
@@ -347,19 +349,30 @@ def test_a_run_of_another_configuration_or_text_is_not_taken(made):
 
 def test_a_log_that_is_older_than_an_option_is_of_its_default(tmp_path):
     trial = trials.Trial(HydraConfig(dim=64), TrainConfig(out_dir=str(tmp_path)), 0.0)
+    text = trials.Text("it", {trial.run.tokenizer: "its hash"})
     for changes, found in (({}, 1), ({"log_layers": 2}, 0)):
         config = asdict(trial.config) | asdict(trial.run)
         del config["log_layers"]
-        (tmp_path / "log.jsonl").write_text(json.dumps({"config": config | changes, "fingerprint": "it"}) + "\n")
-        assert len(trials.records_of(trial, "it")) == found
+        header = {"config": config | changes, "fingerprint": "it", "tokenizer": "its hash"}
+        (tmp_path / "log.jsonl").write_text(json.dumps(header) + "\n")
+        assert len(trials.records_of(trial, text)) == found
+    assert trials.records_of(trial, trials.Text("it", {trial.run.tokenizer: "another"})) == []
 
 
 def test_damaged_lines_of_a_log_are_left_out(tmp_path):
     trial = trials.Trial(HydraConfig(dim=64), TrainConfig(out_dir=str(tmp_path)), 0.0)
-    header = json.dumps({"config": asdict(trial.config) | asdict(trial.run), "fingerprint": "it"}).encode()
-    damaged = [b"\xff\xfe{}", b"[" * 100_000, b'{"step": "a"}', b"3", b'{"cut": ']
-    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*damaged, header, b'{"step": 4, "final": true}', *damaged]))
-    assert [record.get("step") for record in trials.records_of(trial, "it")] == [None, 4]
+    text = trials.Text("it", {trial.run.tokenizer: "its hash"})
+    header = {"config": asdict(trial.config) | asdict(trial.run), "fingerprint": "it", "tokenizer": "its hash"}
+    end = b'{"step": 4, "seconds": 2.5, "val_loss": 3.5, "final": true}'
+    damaged = [b"\xff\xfe{}", b"[" * 100_000, b'{"step": "a"}', b"3", b'{"cut": ', b'{"config": 3}', b'{"final": true}',
+               b'{"step": 9, "seconds": "x", "final": true}', b'{"stopped": 1}',
+               b'{"step": 2, "best": 3, "val_loss": 3}', b'{"step": 9, "final": true}']  # fmt: skip
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*damaged, json.dumps(header).encode(), end, *damaged]))
+    found = trials.outcome_of(trials.records_of(trial, text), "val_loss")
+    assert found == trials.Outcome(3.5, 2.5, 4, [])
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").mkdir()
+    assert trials.records_of(trial, text) == []
 
 
 def test_a_folder_of_data_may_hold_the_comparison(made):
@@ -494,6 +507,30 @@ def test_processes_save_when_the_comparison_is_stopped(signum):
     assert all("resumed_at" in (folder / "log.jsonl").read_text() for folder in runs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 1.0])
+def test_a_terminal_s_interrupt_while_processes_start_is_no_traceback(seconds):
+    """It reaches all of them at once, those that import torch too."""
+    args = [write(Path("a.toml"), max_iters=100_000), "--data=text.txt", "--seeds=2", "--rates=0", "--compile=off"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *args], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    process.stdout.readline()
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "" and "to go on: python" in out
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_ends_the_comparison(tmp_path):
+    """At the next line that it would have got; the runs that are under way save."""
+    files = [write(Path("a.toml"), max_iters=2), write(Path("b.toml"), max_iters=100_000)]
+    process = launch(*files, "--data=text.txt", "--seeds=1", "--rates=0", "--compile=off", "--eval_interval=100000")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=100) == 1 and process.stderr.read() == ""
+
+
 # ---- errors
 
 
@@ -510,12 +547,19 @@ def test_processes_save_when_the_comparison_is_stopped(signum):
     (["a.toml", "--out_dir=run"], "out_dir='run' holds a run of train.py"), (["a.toml", "--sedes=3"], "you mean seed"),
     (["a.toml", "--max_tokens=9", "--max_flops=9"], "one of them can end a run"),
     (["x" * 300], "xxx. does not exist"), (["a.toml", "--json=."], "json='.': it is no file"),
-    (["a.toml", "--against=b"], "it is for stored comparisons"),
+    (["a.toml", "--against=b"], "it is for stored comparisons"), (["a.toml", "--init_from=x"], "--init_from: this"),
+    (["a.toml", "log.jsonl.toml"], "'log.jsonl' cannot be: rename it"), (["...toml"], "'..' cannot be: rename"),
+    (["a.toml", "bf.toml"], "dtype='bfloat16' of bf: all runs are made alike: give --dtype"),
+    (["long.toml", "--max_iters=5"], "max_iters=5: max_tokens=200 ends the run of long: leave one out, or set --max_"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line(args, words, made):
     write(Path("a.toml"))
     write(Path("other.toml"), val_fraction=0.2)
     write(Path("planned.toml"), plan=True)
+    write(Path("bf.toml"), dtype="bfloat16")
+    write(Path("long.toml"), max_tokens=200)
+    for name in ("log.jsonl.toml", "...toml"):
+        write(Path(name))
     Path("run").mkdir()
     Path("run/last.pt").touch()
     with pytest.raises(UserError, match=words) as error:
@@ -532,10 +576,94 @@ def test_what_is_no_stored_comparison(content):
         compare.main(["x.json"])
 
 
-@pytest.mark.parametrize("args", [["x.json", "--foo"], ["x.json", "a.toml"], ["a.toml", "x.json"]])
-def test_a_stored_comparison_takes_nothing_else(args):
-    with pytest.raises(UserError, match=": stored comparisons take nothing but --against=CONTESTANT: leave it out"):
+@pytest.mark.parametrize("args, words", [
+    (["x.json", "--foo"], "'--foo': stored comparisons take nothing but --against=CONTESTANT: leave it out"),
+    (["x.json", "a.toml"], "'x.json'"), (["a.toml", "x.json"], "'x.json'"), (["x.json", "--against="], "against=''"),
+])  # fmt: skip
+def test_a_stored_comparison_takes_nothing_else(args, words):
+    with pytest.raises(UserError, match=words):
         compare.main(args)
+
+
+def test_a_folder_and_a_file_may_stand_behind_their_options(made, capsys):
+    """They look like stored comparisons, once they are there."""
+    args = [write(Path("a.toml")), "--seeds=1", "--rates=0", "--out_dir", "oc", "--json", "x.json", "--data=text.txt"]
+    for _ in range(2):
+        assert compare.main([*args, "--jobs=1", "--cache_dir=cache"]) == 0
+    assert len(made) == 1 and Path("oc/config.toml").exists() and Path("x.json").exists()
+    with pytest.raises(SystemExit):
+        compare.main(["oc", "--help"])
+    assert "usage" in capsys.readouterr().out.lower()
+    monkey = json.loads(Path("x.json").read_text()) | {"reference": "nobody"}
+    Path("x.json").write_text(json.dumps(monkey))
+    with pytest.raises(UserError, match="'x.json' is no JSON of a comparison"):
+        compare.main(["x.json"])
+
+
+def test_files_of_others_are_not_overwritten(made):
+    """A contestant's own folder, and one of a run that has lost its last.pt."""
+    for name in ("exp", "run"):
+        Path(name).mkdir()
+    args = ["--seeds=1", "--rates=0"]
+    own = write(Path("exp/config.toml"))
+    write(Path("run/config.toml"))
+    Path("run/log.jsonl").write_text('{"kind": "header", "config": {}}\n')
+    before = [path.read_bytes() for path in (Path(own), Path("run/config.toml"), Path("run/log.jsonl"))]
+    for out in ("exp", "run"):
+        with pytest.raises(UserError, match=f"out_dir='{out}' holds a run of train.py, or other files"):
+            run(own, *args, f"--out_dir={out}")
+    assert before == [path.read_bytes() for path in (Path(own), Path("run/config.toml"), Path("run/log.jsonl"))]
+    assert not made
+
+
+def test_checkpoints_that_were_kept_stay(made):
+    args = [write(Path("a.toml")), "--rates=0"]
+    run(*args, "--seeds=1", "--keep")
+    kept = sorted(Path("out_compare").rglob("*.pt"))
+    run(*args, "--seeds=2")
+    assert sorted(Path("out_compare").rglob("*.pt")) == kept and len(kept) == 2 and len(made) == 2
+
+
+def test_a_tokenizer_that_has_changed_makes_new_runs(made, monkeypatch):
+    """Of the same name: nothing that was trained on its ids counts."""
+    args = [write(Path("a.toml")), "--seeds=1", "--rates=0"]
+    run(*args)
+    monkeypatch.setattr(compare, "tokenizer_hash", lambda enc: "another")
+    monkeypatch.setattr(train, "tokenizer_hash", lambda enc: "another")
+    run(*args)
+    assert len(made) == 2
+
+
+def test_no_two_contestants_have_one_name(made):
+    Path("x").mkdir()
+    files = [write(Path("a.toml")), write(Path("x/a.toml"), n_layer=2), write(Path("a~2.toml"), pattern="M")]
+    rows = run(*files, "--seeds=1", "--rates=0")["bases"]["tokens"]["rows"]
+    assert [row["contestant"] for row in rows] == ["a", "a~2", "a~2~2"]
+    assert len({row["mean"] for row in rows}) == 3 and len(made) == 3
+
+
+def test_what_each_one_is_evaluated_on_is_told(made):
+    files = [write(Path("a.toml"), batch_size=2), write(Path("b.toml"), batch_size=7, max_iters=2)]
+    result = run(*files, "--seeds=2", "--rates=0", "--final_eval_iters=3")
+    assert [result["contestants"][name]["validation_tokens"] for name in "ab"] == [96, 160]
+    assert "b is evaluated on 160 tokens, a on 96" in result["notes"]
+
+
+def test_a_file_may_need_an_option_to_be_complete(made):
+    """As train.py has it: neither of these can be built alone."""
+    files = [write(Path("a.toml"), router="random"), write(Path("b.toml"), n_head=3, n_kv_head=3, router="random")]
+    found = compare.configure([*files, "--mod_capacity=0.5", "--dim=24", "--n_layer=2"])[2]
+    assert [it.config.dim for it in found] == [24, 24] and {it.warmup for it in found} == {2 / 6}
+
+
+def test_seconds_beside_tokens(made):
+    """A length of its own for each basis."""
+    args = [write(Path("a.toml")), "--seeds=1", "--rates=0", "--equal=tokens,seconds", "--max_tokens=64"]
+    result = run(*args, "--max_seconds=0.05")
+    assert result["bases"]["tokens"]["rows"][0]["tokens"] == 64
+    assert ["--max_seconds=0.05" in argv for argv, _ in made] == [False, True]
+    with pytest.raises(UserError, match="max_seconds=-1.0: it must not be negative"):
+        run(*args, "--max_seconds=-1")
 
 
 def test_it_starts_its_own_processes(made, monkeypatch):

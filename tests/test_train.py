@@ -555,6 +555,7 @@ def test_the_step_at_which_tokens_or_flops_are_reached(tmp_path):
     for n in range(1, 200):  # whatever the rounding of the product
         assert schedule.planned_steps(config, replace(run, max_flops=n * flops)) == n
     assert schedule.planned_steps(config, replace(run, max_flops=7.01 * flops)) == 8
+    assert schedule.planned_steps(config, replace(run, max_flops=1e-320)) == 1
 
 
 @pytest.mark.parametrize("stop", ["max_tokens", "max_flops"])
@@ -572,6 +573,12 @@ def test_tokens_and_flops_are_steps_in_disguise(tmp_path, monkeypatch, capsys, s
     assert f"ends: {stop}={asked}: 5 steps, 320 tokens, " in capsys.readouterr().out
     with pytest.raises(UserError, match=f"{stop}=64.*: the run in .* is at step 5: ask for more"):
         train.main([f"--out_dir={tmp_path / 'run'}", "--resume", f"--{stop}=64"])
+    for given, words in ((["--max_iters=7"], f"max_iters=7: {stop}={asked} ends the run in .*: set --{stop}=0 too"),
+                         (["--batch_size=1"], f"batch_size=1: the run ends by {stop}, and its steps so far had"),
+                         (["--gradient_accumulation_steps=3", f"--{stop}={asked * 4}"], "so far had 1: leave it out")):
+        with pytest.raises(UserError, match=words):
+            train.main([f"--out_dir={tmp_path / 'run'}", "--resume", *given])
+    assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume", f"--{stop}=0", "--max_iters=7"]) == 0
 
 
 def fake_seconds(patch: pytest.MonkeyPatch, first: float = 1.0) -> None:
@@ -614,6 +621,8 @@ def test_seconds_of_training_end_a_run_and_the_rate_follows_them(tmp_path, monke
         assert train.main([f"--out_dir={tmp_path / 'run'}", "--resume"]) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     _, run = configurations(tmp_path, **keys)
+    with pytest.raises(UserError, match="max_seconds=7.0: the run in .* has trained for 9.0 seconds: ask for more"):
+        train.main([f"--out_dir={tmp_path / 'run'}", "--resume", "--max_seconds=7"])
     steps = step_records(tmp_path / "straight")
     assert [r["step"] for r in steps] == [1, 3, 6, 9]
     assert [r["lr"] for r in steps] == pytest.approx([learning_rate_at(n, run, 9) for n in (0, 2, 5, 8)])
