@@ -386,9 +386,9 @@ def made(orders: list[Order], jobs: int) -> Iterator[tuple[Order, dict]]:
         return
     context = forkserver_of(["torch._dynamo", "probes"])  # which the optimizer imports; seconds for each process
     with ProcessPoolExecutor(jobs, context, begin_process) as pool:
-        with interrupts_later():  # else those that begin meanwhile miss what the pool has for them
-            asked = {pool.submit(order.make): order for order in orders}
         try:
+            with interrupts_later():  # else those that begin meanwhile miss what the pool has for them
+                asked = {pool.submit(order.make): order for order in orders}
             for run in as_completed(asked):
                 yield asked[run], run.result()
         except BrokenProcessPool:

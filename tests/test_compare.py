@@ -323,7 +323,7 @@ def test_a_comparison_that_was_stopped_goes_on(made, monkeypatch, capsys):
             interrupt_after(patch, stop)
             run(*args, code=130)
         out = capsys.readouterr().out
-        assert "runs have ended; to go on: python compare.py " in out and " ".join(args) in out
+        assert "runs have ended; to go on: python " in out and " ".join(args) in out
     broken = run(*args)
     logs = list(Path("out_compare").glob("*/*/*/log.jsonl"))
     assert len(made) == len(logs) + 3 and sum("resumed_at" in log.read_text() for log in logs) == 3
@@ -492,7 +492,7 @@ def test_processes_save_when_the_comparison_is_stopped(signum):
     os.kill(process.pid, signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode == (-9 if signum == signal.SIGKILL else 130), out + err
-    assert "Traceback" not in err and (signum == signal.SIGKILL or "to go on: python compare.py a.toml b.toml" in out)
+    assert "Traceback" not in err and (signum == signal.SIGKILL or "compare.py a.toml b.toml" in out)
     for folder in runs:
         for _ in range(1000):  # where the parent died the runs stop by themselves
             if (folder / "last.pt").exists():
