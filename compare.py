@@ -53,8 +53,8 @@ VALIDATION = {"curve": (2**13, 1 / 50), "rate": (2**14, 1 / 8), "seed": (2**16, 
 FEW = 5  # tokens a parameter, below which a run rewards what learns fastest at first
 OWN = {"out_dir": "out_compare"}  # defaults
 UNREAD = ("resume", "plan", "profile", "init_from")
-SAME_TEXT = ("data", "val_data", "val_fraction", "text_field")
-SAME_MACHINE = ("device", "dtype", "compile")
+SAME = dict.fromkeys(("data", "val_data", "val_fraction", "text_field"), "losses compare on one text only")
+SAME |= dict.fromkeys(("device", "dtype", "compile"), "all runs are made alike")
 SAME_BATCHES = ("batch_size", "gradient_accumulation_steps", "sampling", "tokenizer", "seed")
 
 
@@ -209,14 +209,9 @@ def configure(argv: list[str]) -> tuple[CompareConfig, dict, list[Entrant]]:
             if getattr(it.run, name):
                 raise UserError(f"{name}={getattr(it.run, name)} of {it.name}: compare.py makes whole runs, and goes "
                                 "on where it was stopped: leave it out")  # fmt: skip
-        for name in SAME_TEXT:
+        for name, why in SAME.items():
             if getattr(it.run, name) != getattr(entrants[0].run, name):
-                raise UserError(f"{name}={getattr(it.run, name)!r} of {it.name}: losses compare on one text only: give "
-                                f"--{name} for all")  # fmt: skip
-        for name in SAME_MACHINE:
-            if getattr(it.run, name) != getattr(entrants[0].run, name):
-                raise UserError(f"{name}={getattr(it.run, name)!r} of {it.name}: all runs are made alike: give "
-                                f"--{name} for all")  # fmt: skip
+                raise UserError(f"{name}={getattr(it.run, name)!r} of {it.name}: {why}: give --{name} for all")
         if options.rates and it.run.learning_rate == 0:
             raise UserError(f"learning_rate=0.0 of {it.name}: there is nothing around it to try: set one, or --rates=0")
     return options, given, entrants

@@ -113,7 +113,8 @@ def eval_windows(run, checkpoint: dict | None) -> int:
 
 
 def resumed_with(config: HydraConfig, run, checkpoint: dict) -> list[str]:
-    """In one line, what a run does differently from its checkpoint on; nothing where it goes on as it was."""
+    """In one line, what a run does differently from its checkpoint on; nothing where it goes on as it was. UserError
+    for what cannot change."""
     began, step, windows = checkpoint["train_config"], checkpoint["step"], eval_windows(run, checkpoint)
     changed = [name for name, value in began.items() if name not in UNSAID and getattr(run, name) != value]
     if not changed:

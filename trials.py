@@ -113,8 +113,10 @@ def command_of(trial: Trial, begun: bool) -> list[str]:
 def is_foreign(out: Path) -> bool:
     """Whether a folder has a file of a run, or of somebody else, under a name that a command with many runs writes."""
     log = out / "log.jsonl"
-    if (out / "last.pt").exists() or (out / "best.pt").exists() or not log.exists():
-        return any((out / name).exists() for name in ("last.pt", "best.pt", "config.toml"))
+    if (out / "last.pt").exists() or (out / "best.pt").exists():
+        return True
+    if not log.exists():
+        return (out / "config.toml").exists()
     record = read_record(next(log_lines(log), b"{}"))
     return record is None or "kind" in record
 
